@@ -1,0 +1,168 @@
+"""What this machine is: the facts that every figure needs beside it.
+
+Standard library only, and every function answers with ``None`` or a short text instead of raising: a report about a broken
+machine must not be broken by it. The trade-off is Linux first; elsewhere some facts are unknown and said to be so.
+
+>>> machine.usable_cores()
+2
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import importlib.metadata
+import math
+import mmap
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "llvmlite", "simplejpeg", "pillow")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def cpu_name() -> str:
+    """Model name of the CPU, as the kernel gives it."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def affinity_cores() -> int:
+    """Cores that this process may be scheduled on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def quota_cores() -> float | None:
+    """CPU quota of the control group in cores (1.5 = one and a half), or None where there is none."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        relative = line.rpartition(":")[2]
+        for folder in (f"/sys/fs/cgroup{relative}", "/sys/fs/cgroup"):
+            limit = _read(f"{folder.rstrip('/')}/cpu.max").split()
+            if len(limit) == 2 and limit[0].isdigit():
+                return int(limit[0]) / int(limit[1])
+    quota, period = _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    if quota.strip().isdigit() and period.strip().isdigit():  # version 1 of control groups; -1 is no limit
+        return int(quota) / int(period)
+    return None
+
+
+def usable_cores() -> int:
+    """Cores that this process really gets: affinity, cut by the control group's quota, at least 1."""
+    quota = quota_cores()
+    cores = affinity_cores()
+    return max(1, min(cores, math.ceil(quota)) if quota else cores)
+
+
+def ram_bytes() -> int | None:
+    """Physical memory, or the control group's limit where that is smaller."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = _read(path).strip()
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total
+
+
+def version(package: str) -> str | None:
+    """Installed version of a distribution, read without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, OSError, ValueError):
+        return None
+
+
+def commit(folder: str | Path | None = None) -> str | None:
+    """Short commit of the git checkout that holds this source, with ``+changes`` where files differ from it."""
+    where = str(folder or Path(__file__).resolve().parent)
+    try:
+        head = subprocess.run(
+            ["git", "-C", where, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        if head.returncode != 0:
+            return None
+        changed = subprocess.run(
+            ["git", "-C", where, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def warm_cache(path: str | Path) -> None:
+    """Read a file once from end to end, so that the page cache holds it where memory allows."""
+    with open(path, "rb", buffering=0) as file:
+        buffer = bytearray(1 << 22)
+        while file.readinto(buffer):
+            pass
+
+
+def cached_share(path: str | Path) -> float | None:
+    """Share of a file (0 to 1) that is in the page cache, from ``mincore``; None where the system cannot say."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                return None
+            pages = -(-size // mmap.PAGESIZE)
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.mmap.restype = ctypes.c_void_p
+            libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+            address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+            if address in (None, ctypes.c_void_p(-1).value):
+                return None
+            resident = (ctypes.c_ubyte * pages)()
+            failed = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), resident)
+            libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+            return None if failed else sum(flag & 1 for flag in resident) / pages
+    except (OSError, AttributeError, ValueError):
+        return None
+
+
+def environment(path: str | Path | None = None) -> dict[str, Any]:
+    """Record that stands beside every figure: when, which commit, which machine, which versions.
+
+    ``path`` adds the size of that file and the share of it in the page cache at this moment.
+    """
+    record: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "ram_gib": round((ram_bytes() or 0) / 2**30, 1) or None,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "hardware": "cloud or shared machine" if _virtual() else "own machine",
+        "python": platform.python_version(),
+        "versions": {name: found for name in ("fastload", *PACKAGES) if (found := version(name))},
+    }
+    with contextlib.suppress(OSError):
+        record["load_average"] = round(os.getloadavg()[0], 2)
+    if path is not None:
+        share = cached_share(path)
+        record["file_bytes"] = os.path.getsize(path)
+        record["page_cache"] = "unknown" if share is None else f"{share:.0%} of the file"
+    return record
+
+
+def _virtual() -> bool:
+    return any(" hypervisor" in line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags"))

@@ -1,0 +1,76 @@
+"""Which sample comes when: a pure function of (seed, epoch, position), never a stored list.
+
+Rank r of w takes the global positions r, r + w, r + 2w, ...; so the ranks partition an epoch, a resumed run jumps to its
+position at once, and the same global order is served by any number of processes.
+
+>>> Order(length=10, seed=1, shuffle=True).take(epoch=0, start=0, stop=4)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fastload.errors import UsageError
+from fastload.kernels import rng
+
+STREAM_WEIGHTED = 0xFF00  # the stream of weighted draws; augmentations use low numbers
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of ``length`` samples on rank ``rank`` of ``world_size``.
+
+    With ``weights`` (length,), samples are drawn with replacement in proportion to them, ``length`` draws an epoch.
+    ``drop_uneven`` leaves out the last (fewer than ``world_size``) positions, so that all ranks have equally many.
+    """
+
+    length: int
+    seed: int = 0
+    shuffle: bool = False
+    weights: np.ndarray | None = None
+    rank: int = 0
+    world_size: int = 1
+    drop_uneven: bool = False
+    _cumulative: np.ndarray | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise UsageError(f"rank must be from 0 to world_size - 1, got rank {self.rank} of {self.world_size}")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed must be from 0 to 2**64 - 1, got {self.seed}")
+        if self.weights is not None:
+            weights = np.asarray(self.weights, np.float64)
+            if weights.shape != (self.length,):
+                raise UsageError(f"weights need one entry for each of {self.length} samples, got {weights.shape}")
+            if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
+                raise UsageError("weights must be finite, none negative, and not all zero")
+            object.__setattr__(self, "_cumulative", np.cumsum(weights))
+
+    def __len__(self) -> int:
+        """Positions of this rank in one epoch."""
+        if self.drop_uneven:
+            return self.length // self.world_size
+        return max(0, -(-(self.length - self.rank) // self.world_size))
+
+    def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Samples at positions [start, stop) of this rank, (stop - start,) int64 below ``length``."""
+        stop = min(stop, len(self))
+        places = np.arange(start, max(stop, start), dtype=np.uint64) * np.uint64(self.world_size) + np.uint64(self.rank)
+        if self._cumulative is not None:
+            u = rng.uniforms(self.seed, epoch, places, STREAM_WEIGHTED, 2)
+            # Two words make 64 random bits: 32 would be coarse for millions of samples.
+            draw = (u[:, 0] + u[:, 1] / 4294967296.0) * self._cumulative[-1]
+            chosen = np.searchsorted(self._cumulative, draw, side="right")
+            last = int(np.flatnonzero(np.diff(self._cumulative, prepend=0.0))[-1])
+            return np.minimum(chosen, last).astype(np.int64)
+        if self.shuffle:
+            return rng.permute(places, self.length, self.seed, epoch).astype(np.int64)
+        return places.astype(np.int64)
+
+
+def balanced_weights(labels: np.ndarray) -> np.ndarray:
+    """Weights that draw each class equally often: 1 / samples of its class, (N,) float64. ``labels`` (N,) integers."""
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return (1.0 / counts)[inverse.reshape(-1)]

@@ -1,0 +1,68 @@
+"""How kernels are compiled: without the GIL, with IEEE arithmetic, cached on disk where a folder can be written.
+
+Strict IEEE arithmetic (no fused or reordered operations) costs little here, since the loops vectorise over independent
+pixels, and it makes pixels equal on every CPU. The cache is beside the source, or where ``NUMBA_CACHE_DIR`` says, or in
+the user's cache folder. If none of them can be written, kernels work all the same and are compiled again by each process
+(about half a minute), and a warning says so once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numba
+
+
+class CacheFolder(NamedTuple):
+    """Where compiled kernels are kept; ``why`` explains when ``writable`` is False."""
+
+    path: str
+    writable: bool
+    why: str
+
+
+def _probe() -> int:
+    return 0
+
+
+def _find() -> CacheFolder:
+    try:
+        dispatcher = numba.njit(cache=True)(_probe)
+        path = str(dispatcher.stats.cache_path)
+    except RuntimeError as error:  # numba found no folder that it may write
+        return CacheFolder("", False, f"{error}; set NUMBA_CACHE_DIR to a folder that is yours")
+    try:
+        os.makedirs(path, exist_ok=True)
+        name = os.path.join(path, f".probe-{os.getpid()}")
+        with open(name, "wb"):
+            pass
+        os.unlink(name)
+    except OSError as error:
+        return CacheFolder(path, False, f"{error}; set NUMBA_CACHE_DIR to a folder that is yours")
+    return CacheFolder(path, True, "")
+
+
+_FOLDER: CacheFolder | None = None
+
+
+def cache_folder() -> CacheFolder:
+    """Where compiled kernels are cached, and whether they can be."""
+    global _FOLDER
+    if _FOLDER is None:
+        _FOLDER = _find()
+        if not _FOLDER.writable:
+            warnings.warn(
+                f"compiled kernels cannot be cached, so each process compiles them again: {_FOLDER.why}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    return _FOLDER
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile ``function`` when it is first called; it runs without the GIL."""
+    compiled: Callable[..., Any] = numba.njit(nogil=True, cache=cache_folder().writable, error_model="numpy")(function)
+    return compiled

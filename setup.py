@@ -1,0 +1,27 @@
+"""Maps the top-level folders to one import root.
+
+``kernels/``, ``benchmarks/`` and ``train/`` stand beside ``fastload/`` in the repository, and are imported only as
+``fastload.kernels``, ``fastload.benchmarks`` and ``fastload.train``: bare names would collide with other packages
+(Hugging Face ships one called ``kernels``). Everything static lives in pyproject.toml.
+"""
+
+from setuptools import setup
+
+setup(
+    package_dir={
+        "fastload": "fastload",
+        "fastload.kernels": "kernels",
+        "fastload.benchmarks": "benchmarks",
+        "fastload.train": "train",
+    },
+    packages=[
+        "fastload",
+        "fastload.beton",
+        "fastload.cli",
+        "fastload.engines",
+        "fastload.kernels",
+        "fastload.benchmarks",
+        "fastload.train",
+    ],
+    package_data={"fastload": ["py.typed"]},
+)
