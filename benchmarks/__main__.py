@@ -19,7 +19,9 @@ def cli() -> None:
 
 
 @cli.command("vs-ffcv")
-@click.option("--data", required=True, type=click.Path(), help="Folder of class folders with photos, or a tar of one.")
+@click.option(
+    "--data", required=True, type=click.Path(), help="Folder of class folders with photos, or a tar of one."
+)
 @click.option("--rounds", default=7, show_default=True, help="Alternating rounds, at least 5.")
 @click.option("--images", default=2000, show_default=True, help="Images a round (whole epochs).")
 @click.option("--copies", default=4, show_default=True, help="How often each photo stands in the file.")

@@ -48,7 +48,7 @@ class BenchOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 8), ("batch_size", 1), ("rounds", MIN_ROUNDS)):
+        for name, least in (("size", 1), ("batch_size", 1), ("rounds", MIN_ROUNDS)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
@@ -146,7 +146,9 @@ def bench(
             raise UsageError(f"there is nothing to measure: the data hold 0 images, got {data!r}")
         notes: list[str] = []
         if len(dataset) < options.batch_size:
-            notes.append(f"the data hold {len(dataset)} images, so batches have {len(dataset)}, not {options.batch_size}")
+            notes.append(
+                f"the data hold {len(dataset)} images, so batches have {len(dataset)}, not {options.batch_size}"
+            )
             options = replace(options, batch_size=len(dataset))
         pipeline = tuple(specs.train(options.size) if transforms is None else transforms)
         side = _ModelSide(options, dataset, target)
@@ -168,7 +170,9 @@ class _ModelSide:
         self.has_labels = "label" in dataset.fields
         self.soft = self.has_labels and dataset.fields["label"].kind == "ndarray"
         classes = _num_classes(dataset)
-        config = Config(model=options.model, size=options.size, batch_size=options.batch_size, seed=options.seed)
+        config = Config(
+            model=options.model, size=options.size, batch_size=options.batch_size, seed=options.seed
+        )
         self.step = make_step(config, classes, device)
         self.amp = str(getattr(self.step, "amp", None))
         generator = torch.Generator().manual_seed(options.seed)
@@ -181,10 +185,13 @@ class _ModelSide:
         self.images, self.labels = images.to(device), labels.to(device)
 
     def sync(self) -> None:
-        if self.device.type == "cuda":
-            import torch
+        """Wait until the device has done all that it was given."""
+        import torch
 
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def train(self, images: Any, labels: Any) -> None:
         """One step to its end: the loop waits for the device, so that a stall is never hidden in the device's queue."""
@@ -264,7 +271,9 @@ class _Bench:
                 jobs["loader without PerImage"] = lambda: self._loader_round(bare)
             self._plan(len(jobs), time.perf_counter() - started)
             bar = stack.enter_context(
-                tqdm(total=len(jobs) * (self.o.rounds + 1), desc="bench", unit="job", disable=not self.progress)
+                tqdm(
+                    total=len(jobs) * (self.o.rounds + 1), desc="bench", unit="job", disable=not self.progress
+                )
             )
 
             def tick(name: str) -> None:
@@ -281,7 +290,11 @@ class _Bench:
         if got != expected:
             raise UsageError(
                 f"the pipeline gives batches of {got} but size={self.o.size} means {expected}; "
-                f"pass the size that the pipeline ends with"
+                "pass the size that the pipeline ends with"
+            )
+        if not batch.image.dtype.is_floating_point:
+            raise UsageError(
+                f"the model needs float images and the pipeline gives {batch.image.dtype}; end it with Normalize"
             )
 
     def _time_batches(self, stream: _Stream) -> float:
@@ -299,7 +312,14 @@ class _Bench:
         seconds = 0.0
         for _ in range(3):
             clock = time.perf_counter()
-            self.side.train(self.side.images, self.side.labels)
+            try:
+                self.side.train(self.side.images, self.side.labels)
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UsageError(
+                    f"{self.o.model!r} cannot learn from batches of {self.o.batch_size} images of {self.o.size} px "
+                    f"({reason}); change --size, --batch-size or --model"
+                ) from error
             seconds = time.perf_counter() - clock
             if seconds > self.o.seconds / 12:  # a slow model: more warm-up would eat the budget
                 break
@@ -309,7 +329,9 @@ class _Bench:
         """Steps a round for each job, so that all rounds fit into what is left of the budget."""
         left = max(self.o.seconds - spent, self.o.seconds / 4)
         share = left / (self.o.rounds + 1) / (jobs + 1)  # 'both' gets two shares: its steps are the slowest
-        together = self.batch_s + self.step_s if self.side.device.type == "cpu" else max(self.batch_s, self.step_s)
+        together = (
+            self.batch_s + self.step_s if self.side.device.type == "cpu" else max(self.batch_s, self.step_s)
+        )
         drained = (PREFETCH + 1) * self.batch_s
         self.steps = {
             "loader": _clamp((share - drained) / self.batch_s, 2, 2000),
@@ -354,7 +376,9 @@ class _Bench:
         self.stalls.append(min(1.0, waited / wall))
         return count * self.o.batch_size / wall
 
-    def _result(self, series: dict[str, Series], first_batch_s: float, threads: int, seconds: float) -> BenchResult:
+    def _result(
+        self, series: dict[str, Series], first_batch_s: float, threads: int, seconds: float
+    ) -> BenchResult:
         loader, model, both = (series[name] for name in ("loader alone", "model alone", "both together"))
         plain = series.get("loader without PerImage")
         stall = Series("waiting for images", tuple(self.stalls[-self.o.rounds :]), "share")
@@ -383,7 +407,9 @@ class _Bench:
                 f"an epoch has only {epoch} batches, so the loader's figures include its restart at every epoch"
             )
         if seconds > 1.5 * self.o.seconds:
-            self.notes.append(f"{self.o.rounds} rounds took {seconds:.0f} s: a step is too slow for the budget")
+            self.notes.append(
+                f"{self.o.rounds} rounds took {seconds:.0f} s: a step is too slow for the budget"
+            )
         self.notes += noise_notes([s for s in (loader, plain, model, both) if s is not None])
         path = self.dataset.paths[0] if self.dataset.paths else None
         settings = {

@@ -143,7 +143,9 @@ def write_jsonl(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
         with open(target, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, sort_keys=False) + "\n" for record in records)
     except OSError as error:
-        raise UsageError(f"cannot write results to {str(target)!r} ({error.strerror}); choose another --out") from error
+        raise UsageError(
+            f"cannot write results to {str(target)!r} ({error.strerror}); choose another --out"
+        ) from error
     return target
 
 

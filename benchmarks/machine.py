@@ -55,7 +55,10 @@ def quota_cores() -> float | None:
             limit = _read(f"{folder.rstrip('/')}/cpu.max").split()
             if len(limit) == 2 and limit[0].isdigit():
                 return int(limit[0]) / int(limit[1])
-    quota, period = _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    quota, period = (
+        _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
+        _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    )
     if quota.strip().isdigit() and period.strip().isdigit():  # version 1 of control groups; -1 is no limit
         return int(quota) / int(period)
     return None
@@ -94,7 +97,10 @@ def commit(folder: str | Path | None = None) -> str | None:
     where = str(folder or Path(__file__).resolve().parent)
     try:
         head = subprocess.run(
-            ["git", "-C", where, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10
+            ["git", "-C", where, "rev-parse", "--short=12", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
         if head.returncode != 0:
             return None
@@ -165,4 +171,6 @@ def environment(path: str | Path | None = None) -> dict[str, Any]:
 
 
 def _virtual() -> bool:
-    return any(" hypervisor" in line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags"))
+    return any(
+        " hypervisor" in line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")
+    )

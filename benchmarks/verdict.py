@@ -137,7 +137,9 @@ def verdict(figures: Figures) -> Verdict:
         why = "which is within the noise of the rounds" if f.noise > BALANCE else "too near to blame one side"
         head = f"Neither side is clearly the bottleneck: {alone} ({_times(ratio)} apart, {why}), {together}"
     else:
-        head = f"The {side} is the bottleneck, {_times(ratio)} slower than the other side: {alone}, {together}"
+        head = (
+            f"The {side} is the bottleneck, {_times(ratio)} slower than the other side: {alone}, {together}"
+        )
     tail = f"change first {change}"
     if f.shared_cores:
         tail += (
@@ -145,5 +147,7 @@ def verdict(figures: Figures) -> Verdict:
             "and neither figure foretells a machine with a GPU"
         )
     elif side != "loader" and f.stall > STALL_WORTH_SAYING:
-        tail += "; the wait is more than the two figures alone explain, so look for uneven images or a busy disk"
+        tail += (
+            "; the wait is more than the two figures alone explain, so look for uneven images or a busy disk"
+        )
     return Verdict(side, ratio, change, f"{head}; {tail}.")

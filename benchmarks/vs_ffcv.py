@@ -130,7 +130,14 @@ def shared_file(options: VsOptions, folder: Path, scratch: Path, say: Callable[[
     say("convert the file that both read")
     path = scratch / "shared.beton"
     fastload.convert(
-        many, path, max_side=500, quality=90, store="jpeg", reencode="always", workers=options.threads, progress=False
+        many,
+        path,
+        max_side=500,
+        quality=90,
+        store="jpeg",
+        reencode="always",
+        workers=options.threads,
+        progress=False,
     )
     return path
 
@@ -181,9 +188,13 @@ def compare_work(ours: dict[str, Any], theirs: dict[str, Any], size: int) -> dic
 
     for answer, name in ((ours, "fastload"), (theirs, "ffcv")):
         if answer["shapes"] != [[size, size, 3]] or answer["dtypes"] not in (["uint8"], ["torch.uint8"]):
-            raise DataError(f"{name} gave {answer['shapes']} {answer['dtypes']} instead of ({size}, {size}, 3) uint8")
+            raise DataError(
+                f"{name} gave {answer['shapes']} {answer['dtypes']} instead of ({size}, {size}, 3) uint8"
+            )
     if ours["labels"] != theirs["labels"]:
-        raise DataError("the two loaders did not give the same labels in an epoch, so their speed is not compared")
+        raise DataError(
+            "the two loaders did not give the same labels in an epoch, so their speed is not compared"
+        )
     a, b = np.array(ours["mean_picture"]), np.array(theirs["mean_picture"])
     worst, mean = float(np.abs(a - b).max()), float(np.abs(a.mean((0, 1)) - b.mean((0, 1))).max())
     contrast = abs(ours["contrast"] / theirs["contrast"] - 1)
@@ -243,7 +254,9 @@ def convert_rounds(
                 do="convert", source=str(folder), target=str(target), threads=options.threads
             )
             if answer["images"] != expected:
-                raise DataError(f"{name} wrote {answer['images']} of {expected} images, so its speed is not shown")
+                raise DataError(
+                    f"{name} wrote {answer['images']} of {expected} images, so its speed is not shown"
+                )
             cpu[name].append(1000 * answer["cpu_s"] / answer["images"])
             size[name] = answer["bytes"]
             target.unlink()
@@ -305,7 +318,9 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         cells = "".join(f"{_cell(record[key][name]['cpu_s_per_1000']):>26}" for name in PAIR)
         yield f"{title:<22}{cells}"
     yield f"{'load, peak MiB':<22}" + "".join(f"{record['train'][name]['peak_mib']:>26,.0f}" for name in PAIR)
-    yield f"{'converted, MiB':<22}" + "".join(f"{record['convert'][name]['bytes'] / 2**20:>26,.1f}" for name in PAIR)
+    yield f"{'converted, MiB':<22}" + "".join(
+        f"{record['convert'][name]['bytes'] / 2**20:>26,.1f}" for name in PAIR
+    )
     for name, claim in record["claims"].items():
         verb = "holds" if claim["holds"] else "DOES NOT HOLD"
         bound = "at most" if name.endswith("_s") else "at least"

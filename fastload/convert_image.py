@@ -65,7 +65,9 @@ class ImageOptions:
             if side is not None and not 1 <= side <= _MAX_SIDE:
                 raise UsageError(f"{name} must be from 1 to {_MAX_SIDE} pixels, got {side!r}")
         if self.max_side is not None and self.short_side is not None:
-            raise UsageError(f"give max_side or short_side, not both, got {self.max_side} and {self.short_side}")
+            raise UsageError(
+                f"give max_side or short_side, not both, got {self.max_side} and {self.short_side}"
+            )
         if not 1 <= self.quality <= 100:
             raise UsageError(f"quality must be from 1 to 100, got {self.quality!r}")
         if not 0 <= self.crop_margin <= 10:
@@ -108,7 +110,9 @@ def crop_window(box: Box, height: int, width: int, options: ImageOptions) -> tup
     left, top = max(0, int(np.floor(x0 - dx))), max(0, int(np.floor(y0 - dy)))
     right, bottom = min(width, int(np.ceil(x1 + dx))), min(height, int(np.ceil(y1 + dy)))
     if right <= left or bottom <= top:
-        raise DataError(f"its crop box {box} lies outside of the image ({width} x {height}); check --crop-format")
+        raise DataError(
+            f"its crop box {box} lies outside of the image ({width} x {height}); check --crop-format"
+        )
     return top, left, bottom, right
 
 
@@ -173,7 +177,11 @@ def _encode(rgb: np.ndarray, final: tuple[int, int], options: ImageOptions) -> S
     if rgb.shape[:2] != final:
         rgb = codecs.resize(rgb, final)
     raw_bytes = final[0] * final[1] * 3
-    if options.store == "raw" or options.reencode == "never" or (options.store == "auto" and raw_bytes <= _SMALL_RAW):
+    if (
+        options.store == "raw"
+        or options.reencode == "never"
+        or (options.store == "auto" and raw_bytes <= _SMALL_RAW)
+    ):
         return _raw(rgb)
     data = codecs.encode_jpeg(rgb, options.quality)
     if options.store == "auto" and _raw_is_better(final, len(data)):
@@ -200,7 +208,9 @@ def _cut(rgb: np.ndarray, window: tuple[int, int, int, int], height: int, width:
 
 def _check_sides(size: tuple[int, int]) -> None:
     if max(size) > _MAX_SIDE:
-        raise DataError(f"{size[1]} x {size[0]} pixels exceed the format's {_MAX_SIDE} on a side; use --max-side")
+        raise DataError(
+            f"{size[1]} x {size[0]} pixels exceed the format's {_MAX_SIDE} on a side; use --max-side"
+        )
 
 
 def _what(probe: codecs.Probe) -> str:

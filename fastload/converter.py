@@ -9,6 +9,7 @@ most a few images per worker are in memory.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -17,7 +18,7 @@ import shutil
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from tqdm.auto import tqdm
 from fastload import __version__
 from fastload.beton import Field, Writer
 from fastload.convert_image import ImageOptions, Stored, store_image
-from fastload.errors import CorruptError, DataError, FastloadError, UsageError, unknown
+from fastload.errors import CorruptError, DataError, UsageError, unknown
 from fastload.sources import Sample, Source, SourceOptions, open_source
 
 _TASK_BYTES = 1 << 18  # images of one task: many small ones, or a single large one
@@ -74,8 +75,8 @@ class ConvertOptions:
 def make_options(**options: Any) -> ConvertOptions:
     """Flat keywords as ``ConvertOptions``; an unknown one is a UsageError with the nearest known names."""
     groups: dict[str, dict[str, Any]] = {"source": {}, "image": {}, "": {}}
-    places = {name: "source" for name in SourceOptions.__dataclass_fields__}
-    places.update({name: "image" for name in ImageOptions.__dataclass_fields__})
+    places = dict.fromkeys(SourceOptions.__dataclass_fields__, "source")
+    places.update(dict.fromkeys(ImageOptions.__dataclass_fields__, "image"))
     places.update({name: "" for name in ConvertOptions.__dataclass_fields__ if name not in groups})
     for name, value in options.items():
         if name not in places:
@@ -132,7 +133,9 @@ class ConvertReport:
         if "label" in self.classes:
             lines.append(f"  classes: {len(self.classes['label'])}")
         if self.ignored:
-            lines.append("  left out, no images: " + ", ".join(f"{n:,} {kind}" for kind, n in self.ignored.items()))
+            lines.append(
+                "  left out, no images: " + ", ".join(f"{n:,} {kind}" for kind, n in self.ignored.items())
+            )
         if self.skipped:
             lines.append(f"  skipped: {len(self.skipped):,}")
             lines.extend(f"    {r['source']}: {r['reason']}" for r in self.skipped[:_SHOWN])
@@ -177,14 +180,18 @@ def _run(source: Source, path: str, opts: ConvertOptions, started: float) -> Con
                 sample = source.sample(i)
                 raise _failure(sample, DataError(source.errors[i]))
     fields = [Field("image", "image"), *source.fields]
-    writer = Writer(path, fields, len(chosen), fingerprint=_fingerprint(source, opts, chosen), resume=opts.resume)
+    writer = Writer(
+        path, fields, len(chosen), fingerprint=_fingerprint(source, opts, chosen), resume=opts.resume
+    )
     storage: Counter[str] = Counter()
     begun = writer.consumed
     try:
-        with tqdm(
+        bar = tqdm(
             total=len(chosen), initial=begun, unit="img", desc="convert", disable=not opts.progress, delay=1
-        ) as bar:
-            for sample, result in _results(source, chosen[begun:], opts):
+        )
+        # Closed here and not by the garbage collector: no thread may read on when the source is closed.
+        with bar, contextlib.closing(_results(source, chosen[begun:], opts)) as results:
+            for sample, result in results:
                 if isinstance(result, Stored):
                     writer.add({**sample.values, "image": result.image}, id=sample.id, source=sample.source)
                     storage[result.how] += 1
@@ -201,9 +208,11 @@ def _run(source: Source, path: str, opts: ConvertOptions, started: float) -> Con
         writer.finish(_info(source, opts))
     except BaseException as error:
         stopped = not isinstance(error, Exception)  # Ctrl-C: what is done is worth keeping
+        full = isinstance(error, OSError) and error.errno in _FULL
+        used = os.path.getsize(f"{path}.partial") if full and os.path.exists(f"{path}.partial") else 0
         _abort(writer, keep=opts.resume or stopped)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise _disk_full(path, writer, len(chosen), error) from error
+        if full:
+            raise _disk_full(path, used, writer.consumed, len(chosen)) from error
         raise
     seconds = time.perf_counter() - started
     report = ConvertReport(
@@ -224,7 +233,7 @@ def _run(source: Source, path: str, opts: ConvertOptions, started: float) -> Con
 
 def _results(
     source: Source, chosen: Sequence[int], opts: ConvertOptions
-) -> Iterator[tuple[Sample, Stored | Exception]]:
+) -> Generator[tuple[Sample, Stored | Exception], None, None]:
     """(sample, stored image or what went wrong) in source order, worked out by threads that run a bounded distance ahead."""
     ready, lock = [0], threading.Lock()
 
@@ -240,7 +249,11 @@ def _results(
     try:
         more = True
         while more or window:
-            while more and len(window) < opts.threads * _TASKS_PER_WORKER and (not window or ready[0] < _READY_BYTES):
+            while (
+                more
+                and len(window) < opts.threads * _TASKS_PER_WORKER
+                and (not window or ready[0] < _READY_BYTES)
+            ):
                 samples = next(tasks, None)
                 if samples is None:
                     more = False
@@ -260,7 +273,10 @@ def _tasks(source: Source, chosen: Sequence[int]) -> Iterator[list[Sample]]:
     task: list[Sample] = []
     size = 0
     for i in chosen:
-        sample = source.sample(i)
+        try:
+            sample = source.sample(i)
+        except (DataError, OSError) as error:  # its fields are damaged; the image may be as well
+            sample = Sample(f"item {i}", f"item {i}", {}, bytes, error=_reason(error))
         task.append(sample)
         size += sample.size or _TASK_BYTES // 4
         if size >= _TASK_BYTES or len(task) == _TASK_IMAGES:
@@ -303,7 +319,9 @@ def _chosen(source: Source, opts: ConvertOptions) -> Sequence[int]:
     chosen = [int(i) for i in opts.indices]
     wrong = [i for i in chosen if not 0 <= i < count]
     if wrong or not chosen:
-        raise UsageError(f"indices must be positions from 0 to {count - 1}, got {wrong[0] if wrong else chosen!r}")
+        raise UsageError(
+            f"indices must be positions from 0 to {count - 1}, got {wrong[0] if wrong else chosen!r}"
+        )
     if len(set(chosen)) != len(chosen):
         twice = next(i for i, n in Counter(chosen).items() if n > 1)
         raise UsageError(f"indices must differ, because each gives one id; got {twice} twice")
@@ -342,7 +360,12 @@ def _check_target(path: str, src: Any, opts: ConvertOptions) -> None:
         raise UsageError(f"the folder {folder} does not exist; make it first: mkdir -p {folder}")
     if not os.access(folder, os.W_OK):
         raise UsageError(f"the folder {folder} is not writable; choose another place for {target.name}")
-    if isinstance(src, str | os.PathLike) and target.exists() and os.path.exists(src) and os.path.samefile(src, path):
+    if (
+        isinstance(src, str | os.PathLike)
+        and target.exists()
+        and os.path.exists(src)
+        and os.path.samefile(src, path)
+    ):
         raise UsageError(f"source and target are one file; choose another name than {path}")
     if target.exists() and not opts.overwrite:
         raise UsageError(f"{path} exists already; choose another name, or replace it with --overwrite")
@@ -357,14 +380,13 @@ def _abort(writer: Writer, keep: bool) -> None:
         raise
 
 
-def _disk_full(path: str, writer: Writer, total: int, error: OSError) -> DataError:
+def _disk_full(path: str, used: int, done: int, total: int) -> DataError:
     """Says how much room the whole file would take, from what the images so far took."""
     folder = os.path.dirname(os.path.abspath(path))
     free = shutil.disk_usage(folder).free
-    known = getattr(writer, "size", 0)
-    need = f"about {known / max(writer.consumed, 1) * total / 1e6:,.0f} MB" if known and writer.consumed else "more room"
+    need = f"about {used / done * total / 1e6:,.1f} MB" if used and done else "more room"
     return DataError(
-        f"the disk is full: {path} needs {need} and {folder} has {free / 1e6:,.0f} MB left ({error.strerror}); make room or choose "
+        f"the disk is full: {path} needs {need}, and {folder} has {free / 1e6:,.1f} MB left; make room or choose "
         "another place"
     )
 

@@ -113,11 +113,11 @@ class Dataset(Sequence[dict[str, Any]]):
         file = int(np.searchsorted(self._starts, base, side="right")) - 1
         return self._readers[file], base - int(self._starts[file])
 
-    def encoded(self, index: int, field: str = "image") -> EncodedImage:
+    def encoded(self, index: int) -> EncodedImage:
         """The encoded image of a sample, its bytes a view into the file."""
         reader, at = self.locate(index)
         try:
-            return reader.image(at, self._image_field(field))
+            return reader.image(at, self.image_field)
         except CorruptError as error:
             raise self.blame(error, index) from None
 
@@ -159,12 +159,24 @@ class Dataset(Sequence[dict[str, Any]]):
         chosen = np.where(chosen < 0, chosen + size, chosen)
         return Dataset(self._readers, self.indices[chosen])
 
-    def _image_field(self, name: str) -> str:
-        if name not in self.fields:
-            raise unknown("field", name, self.fields)
-        if self.fields[name].kind != "image":
-            raise UsageError(f"field {name!r} is of kind {self.fields[name].kind}, not an image")
-        return name
+    @property
+    def image_field(self) -> str:
+        """Name of the image field: "image", or the only one of that kind."""
+        names = [name for name, field in self.fields.items() if field.kind == "image"]
+        if "image" in names or len(names) == 1:
+            return "image" if "image" in names else names[0]
+        raise DataError(f"{self.path} has {len(names)} image fields ({', '.join(names)}) and none is called 'image'")
+
+    def gather(self, name: str, bases: np.ndarray) -> np.ndarray:
+        """Values of an int, float or ndarray field at base indices (B,); for an image field, its rows."""
+        field = self.fields[name]
+        if field.kind in ("bytes", "json", "ndarray"):
+            values = [reader.value(at, name) for reader, at in map(self.locate_base, bases.tolist())]
+            return np.stack(values) if field.kind == "ndarray" else np.array([*values, None], object)[:-1]
+        if len(self._readers) == 1:
+            return np.asarray(self._readers[0].column(name)[bases])
+        parts = [reader.column(name)[at] for reader, at in map(self.locate_base, bases.tolist())]
+        return np.array(parts, self._readers[0].column(name).dtype)
 
     def _gather(self, parts: list[np.ndarray]) -> np.ndarray:
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -222,7 +234,7 @@ class Dataset(Sequence[dict[str, Any]]):
         return {name: found.get(i, 0) for i, name in enumerate(names)}
 
     def _images(self, member: str) -> np.ndarray:
-        name = self._image_field("image")
+        name = self.image_field
         return self._gather([np.asarray(r.column(name)[member]) for r in self._readers])
 
     @property

@@ -37,8 +37,26 @@ PACKAGES = (
     ("ffcv", "ffcv", "ffcv"),
 )
 TASK_SECONDS = 120.0
-SIMD = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bw", "avx512vbmi", "avx512bf16", "amx-bf16", "neon", "sve")
-THREAD_VARIABLES = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCH_NUM_THREADS")
+SIMD = (
+    "sse4.2",
+    "avx",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512bw",
+    "avx512vbmi",
+    "avx512bf16",
+    "amx-bf16",
+    "neon",
+    "sve",
+)
+THREAD_VARIABLES = (
+    "NUMBA_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "TORCH_NUM_THREADS",
+)
 REINSTALL = "pip install --force-reinstall --no-cache-dir"
 
 
@@ -93,7 +111,12 @@ def _package(name: str, module: str, extra: str, found: dict[str, dict[str, Any]
 
 def _kernels(answer: dict[str, Any]) -> dict[str, Any]:
     if not answer["ok"]:
-        return {"cache": None, "writable": False, "why": answer["error"], "cure": f"{REINSTALL} numba llvmlite"}
+        return {
+            "cache": None,
+            "writable": False,
+            "why": answer["error"],
+            "cure": f"{REINSTALL} numba llvmlite",
+        }
     report = dict(answer["value"])
     if not report["writable"]:
         report["cure"] = "set NUMBA_CACHE_DIR to a folder that you can write to"
@@ -105,7 +128,12 @@ def _gpu(answer: dict[str, Any], torch_package: dict[str, Any]) -> dict[str, Any
     driver = _nvidia_smi()
     if not answer["ok"]:
         why = torch_package.get("why") or answer["error"]
-        return {"devices": [], "driver": driver, "why": f"torch does not work: {why}", "cure": torch_package.get("cure")}
+        return {
+            "devices": [],
+            "driver": driver,
+            "why": f"torch does not work: {why}",
+            "cure": torch_package.get("cure"),
+        }
     value = answer["value"]
     report: dict[str, Any] = {"devices": value["devices"], "driver": driver, "torch_cuda": value["built_for"]}
     if value["devices"]:
@@ -202,7 +230,12 @@ def _child(tasks: Sequence[str], seconds: float) -> Any:
     command = [sys.executable, "-m", "fastload.doctor", *tasks]
     try:
         child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, text=True, env=env
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            env=env,
         )
     except OSError as error:
         yield {"event": "failed", "error": f"cannot start {sys.executable}: {error}"}
@@ -289,7 +322,7 @@ def _work_threads() -> dict[str, Any]:
     report: dict[str, Any] = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
     import numba
 
-    report["numba"] = int(numba.config.NUMBA_NUM_THREADS)
+    report["numba"] = int(numba.get_num_threads())
     import torch
 
     report["torch"] = torch.get_num_threads()
@@ -353,7 +386,10 @@ def _serve(tasks: Sequence[str]) -> None:
 def render(report: dict[str, Any]) -> str:
     """The report as text: facts first, then what does not work, each with its cure."""
     cpu, gpu, kernels = report["cpu"], report["gpu"], report["kernels"]
-    lines = [f"fastload {report['fastload']}, Python {report['python']['version']} ({report['python']['executable']})", ""]
+    lines = [
+        f"fastload {report['fastload']}, Python {report['python']['version']} ({report['python']['executable']})",
+        "",
+    ]
     lines.append("Packages")
     for name, entry in report["packages"].items():
         if entry["works"]:

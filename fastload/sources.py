@@ -28,14 +28,28 @@ def open_source(src: Any, options: SourceOptions) -> Source:
 
     A path that does not exist or is of no known kind is a UsageError, which names what is nearest to it.
     """
-    if not isinstance(src, str | os.PathLike):
-        return _from_object(src, options)
+    source = (
+        _from_object(src, options) if not isinstance(src, str | os.PathLike) else _from_path(src, options)
+    )
+    if "label" not in (field.name for field in source.fields):
+        for flag, value in (("classes", options.classes), ("label-sep", options.label_sep)):
+            if value is not None:
+                source.close()
+                raise UsageError(
+                    f"--{flag} needs labels, and none were found; say where with --label-from, got {value!r}"
+                )
+    return source
+
+
+def _from_path(src: str | os.PathLike[str], options: SourceOptions) -> Source:
     text = os.fspath(src)
     if is_pattern(text):
         paths = expand(text)
         other = [path for path in paths if not path.endswith(".tar")]
         if other:
-            raise UsageError(f"a pattern names .tar shards, but it also matches {other[0]!r}; narrow it, got {text!r}")
+            raise UsageError(
+                f"a pattern names .tar shards, but it also matches {other[0]!r}; narrow it, got {text!r}"
+            )
         return TarSource(paths, options)
     path = Path(text)
     if not path.exists():
@@ -82,5 +96,9 @@ def missing(path: Path) -> UsageError:
         path, parent = parent, parent.parent
     names = os.listdir(parent) if os.access(parent, os.R_OK) else []
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(str(parent / name) for name in near)}?" if near else f"check the name in {parent}"
+    hint = (
+        f"did you mean {' or '.join(str(parent / name) for name in near)}?"
+        if near
+        else f"check the name in {parent}"
+    )
     return UsageError(f"{path} does not exist; {hint}")

@@ -30,7 +30,9 @@ Box = tuple[float, float, float, float]
 
 _DIGITS = re.compile(r"[0-9]+")
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
-_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE)
+_FLOAT = re.compile(
+    r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE
+)
 _MAX_NAME = 16  # bytes that a field name may have in the container
 _RESERVED = ("image", "label", "index", "count")  # "index" and "count" are attributes of every batch
 
@@ -55,18 +57,24 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         kind, _, rest = self.label_from.partition(":")
-        if kind not in ("auto", "parent", "none", "column", "regex") or (kind in ("column", "regex")) != bool(rest):
+        if kind not in ("auto", "parent", "none", "column", "regex") or (kind in ("column", "regex")) != bool(
+            rest
+        ):
             raise UsageError(
                 f"label_from must be parent, none, column:NAME or regex:PATTERN, got {self.label_from!r}"
             )
         if kind != "auto" and self.labels and self.label_from != f"column:{self.labels[0]}":
-            raise UsageError(f"give either label columns or label_from, got {self.labels!r} and {self.label_from!r}")
+            raise UsageError(
+                f"give either label columns or label_from, got {self.labels!r} and {self.label_from!r}"
+            )
         if kind == "regex":
             self.pattern()
         if self.classes is not None:
             twice = [name for name, n in Counter(self.classes).items() if n > 1]
             if twice or not self.classes:
-                raise UsageError(f"classes must be names that differ, got {twice[0] if twice else self.classes!r}")
+                raise UsageError(
+                    f"classes must be names that differ, got {twice[0] if twice else self.classes!r}"
+                )
         if self.label_sep == "":
             raise UsageError("label_sep must be at least one character, got ''")
         if self.crop_box is not None and len(self.crop_box) != 4:
@@ -177,7 +185,9 @@ class Source:
     def fingerprint(self) -> str:
         """Changes when a name, a size, a label or the order changes."""
         hasher = hashlib.blake2b(digest_size=16)
-        hasher.update(repr((self.kind, len(self), self.fields, self.classes)).encode("utf-8", "backslashreplace"))
+        hasher.update(
+            repr((self.kind, len(self), self.fields, self.classes)).encode("utf-8", "backslashreplace")
+        )
         self.digest(hasher)
         return hasher.hexdigest()
 
@@ -211,7 +221,9 @@ def require_same_options(kind: str, options: SourceOptions, allowed: Iterable[st
     for name in plain.__dataclass_fields__:
         if name not in allowed and getattr(options, name) != getattr(plain, name):
             flag = {"labels": "label"}.get(name, name).replace("_", "-")
-            raise UsageError(f"--{flag} does not apply to a {kind}; leave it out, got {getattr(options, name)!r}")
+            raise UsageError(
+                f"--{flag} does not apply to a {kind}; leave it out, got {getattr(options, name)!r}"
+            )
 
 
 def field_names(titles: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
@@ -251,7 +263,12 @@ def categorical(
         codes.append(-1 if text is None else found.setdefault(text, len(found)))
     keys = list(found)
     names: tuple[str, ...] | None = tuple(sorted(keys, key=natural_key) if classes is None else classes)
-    if numbers and keys and all(_INT.fullmatch(key) for key in keys) and not (classes and found.keys() <= set(classes)):
+    if (
+        numbers
+        and keys
+        and all(_INT.fullmatch(key) for key in keys)
+        and not (classes and found.keys() <= set(classes))
+    ):
         places = {key: int(key) for key in keys}
         if classes is None:
             names = None
@@ -260,7 +277,9 @@ def categorical(
     else:
         places = {key: n for n, key in enumerate(names or ())}
     missing = -(2**63)
-    table = np.array([places.get(key, missing) for key in keys] + [missing], np.int64)  # the last is for code -1
+    table = np.array(
+        [places.get(key, missing) for key in keys] + [missing], np.int64
+    )  # the last is for code -1
     values = table[np.frombuffer(codes, np.int64)] if codes else np.zeros(0, np.int64)
     for i in np.flatnonzero(values == missing):
         if codes[i] >= 0:
@@ -319,7 +338,9 @@ def typed(name: str, title: str, texts: Names) -> Column:
     return Column(Field(name, "bytes"), title, texts.__getitem__)
 
 
-def label_column(name: str, title: str, texts: Names, options: SourceOptions, errors: dict[int, str]) -> Column:
+def label_column(
+    name: str, title: str, texts: Names, options: SourceOptions, errors: dict[int, str]
+) -> Column:
     """A label: integers and reals stay numbers, text becomes a class; an empty one is noted in ``errors``."""
     if options.label_sep is not None and name == "label":
         return multi_hot(name, title, texts, options.label_sep, options.classes, errors)
@@ -368,10 +389,16 @@ def check_unique(ids: Callable[[int], str], count: int, where: Callable[[int], s
     hashes = np.fromiter((hash(ids(i)) for i in range(count)), np.int64, count)
     order = np.argsort(hashes, kind="stable")
     ranked = hashes[order]
+    seen: dict[str, int] = {}
     for k in np.flatnonzero(ranked[1:] == ranked[:-1]):
         first, second = int(order[k]), int(order[k + 1])
-        if ids(first) == ids(second):
-            raise DataError(f"duplicate id {ids(first)!r}: {where(first)} and {where(second)}; {cure}")
+        if not k or ranked[k - 1] != ranked[k]:
+            seen = {ids(first): first}
+        if ids(second) in seen:
+            raise DataError(
+                f"duplicate id {ids(second)!r}: {where(seen[ids(second)])} and {where(second)}; {cure}"
+            )
+        seen[ids(second)] = second
 
 
 def numbers(row: Mapping[str, Column], names: Sequence[str], i: int) -> Box | None:

@@ -34,9 +34,23 @@ from fastload.sources_base import (
 )
 from fastload.sources_folder import read_bytes
 
-_PATHS = (
-    "path filepath file_path filename file_name file image_path img_path image_file imagepath image img image_name image_id id".split()
-)
+_PATHS = [
+    "path",
+    "filepath",
+    "file_path",
+    "filename",
+    "file_name",
+    "file",
+    "image_path",
+    "img_path",
+    "image_file",
+    "imagepath",
+    "image",
+    "img",
+    "image_name",
+    "image_id",
+    "id",
+]
 _LABELS = ("label", "class", "target", "category", "class_name", "label_name")
 _PROBED = 20  # rows that are looked at to find the column of paths
 
@@ -50,7 +64,9 @@ class CsvSource(Source):
         self.path = Path(path)
         self.root = Path(options.root) if options.root is not None else self.path.parent
         if options.root is not None and not self.root.is_dir():
-            raise UsageError(f"root is no folder; give the folder that the paths start from, got {options.root!r}")
+            raise UsageError(
+                f"root is no folder; give the folder that the paths start from, got {options.root!r}"
+            )
         self._cells = self._read()
         self._count = len(next(iter(self._cells.values())))
         if not self._count:
@@ -72,14 +88,18 @@ class CsvSource(Source):
             with open(self.path, encoding="utf-8-sig", newline="") as file:
                 head = file.readline()
                 file.seek(0)
-                delimiter = max("\t" if self.path.suffix.lower() == ".tsv" else ",", ";", "\t", "|", key=head.count)
+                delimiter = max(
+                    "\t" if self.path.suffix.lower() == ".tsv" else ",", ";", "\t", "|", key=head.count
+                )
                 rows = csv.reader(file, delimiter=delimiter)
                 header = [name.strip() for name in next(rows, [])]
                 if not any(header):
                     raise DataError(f"{self.path} is empty; its first line must name the columns")
                 twice = {name for name in header if header.count(name) > 1}
                 if twice:
-                    raise DataError(f"{self.path} has two columns called {sorted(twice)[0]!r}; rename one of them")
+                    raise DataError(
+                        f"{self.path} has two columns called {sorted(twice)[0]!r}; rename one of them"
+                    )
                 columns = [Names() for _ in header]
                 for row in rows:
                     if not row:
@@ -97,12 +117,16 @@ class CsvSource(Source):
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
         except csv.Error as error:
-            raise DataError(f"{self.path} is not a CSV file ({error}); check its quotes and delimiter") from error
+            raise DataError(
+                f"{self.path} is not a CSV file ({error}); check its quotes and delimiter"
+            ) from error
         return dict(zip(header, columns))
 
     def _column(self, name: str, purpose: str) -> str:
         if name not in self._cells:
-            raise unknown(f"{purpose} column", name, self._cells, f"the columns of {self.path.name} were searched")
+            raise unknown(
+                f"{purpose} column", name, self._cells, f"the columns of {self.path.name} were searched"
+            )
         return name
 
     def _path_column(self, name: str | None) -> str:
@@ -110,7 +134,10 @@ class CsvSource(Source):
             return self._column(name, "path")
         lower = {title.lower(): title for title in reversed(self._cells)}
         named = [lower[name] for name in _PATHS if name in lower]
-        for title in [*named, *self._cells]:  # the first that leads to a file, else the first with a telling name
+        for title in [
+            *named,
+            *self._cells,
+        ]:  # the first that leads to a file, else the first with a telling name
             texts = self._cells[title]
             if any(texts[i] and self._resolve(texts[i]).is_file() for i in range(min(self._count, _PROBED))):
                 return title
@@ -150,9 +177,13 @@ class CsvSource(Source):
             lower = {title.lower(): title for title in reversed(self._cells)}
             labels = [lower[name] for name in _LABELS if name in lower][:1]
         if options.label_sep is not None and not labels:
-            raise UsageError(f"--label-sep needs a label column; name it with --label, got {options.label_sep!r}")
+            raise UsageError(
+                f"--label-sep needs a label column; name it with --label, got {options.label_sep!r}"
+            )
         if labels:
-            self.columns.append(label_column("label", labels[0], self._cells[labels[0]], options, self.errors))
+            self.columns.append(
+                label_column("label", labels[0], self._cells[labels[0]], options, self.errors)
+            )
         elif options.label_from == "parent":
             parents = (os.path.basename(os.path.dirname(self._name(i))) or None for i in range(self._count))
             self.columns.append(categorical("label", "label", parents, options.classes, self.errors))
@@ -178,7 +209,9 @@ class CsvSource(Source):
             for name in self._boxes:
                 kind = by_title[self._column(name, "crop box")].field.kind if name in by_title else "text"
                 if kind not in ("int", "float"):
-                    raise DataError(f"crop box column {name!r} of {self.path} must hold numbers; correct its rows")
+                    raise DataError(
+                        f"crop box column {name!r} of {self.path} must hold numbers; correct its rows"
+                    )
 
     def __len__(self) -> int:
         return self._count

@@ -30,17 +30,71 @@ from fastload.sources_base import (
 
 _LITTER = frozenset({"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "@eadir"})
 _NO_IMAGE = frozenset(
-    ".txt .csv .tsv .json .jsonl .xml .yaml .yml .toml .ini .md .rst .html .htm .pdf .doc .docx .xls .xlsx .py .ipynb .sh .m .mat .npy "
-    ".npz .pkl .h5 .pt .pth .onnx .zip .tar .gz .tgz .bz2 .xz .7z .rar .beton .partial .journal .mp4 .avi .mov .mp3 .wav .log .db .url "
-    ".lnk .exe .dll".split()
+    [
+        ".txt",
+        ".csv",
+        ".tsv",
+        ".json",
+        ".jsonl",
+        ".xml",
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".ini",
+        ".md",
+        ".rst",
+        ".html",
+        ".htm",
+        ".pdf",
+        ".doc",
+        ".docx",
+        ".xls",
+        ".xlsx",
+        ".py",
+        ".ipynb",
+        ".sh",
+        ".m",
+        ".mat",
+        ".npy",
+        ".npz",
+        ".pkl",
+        ".h5",
+        ".pt",
+        ".pth",
+        ".onnx",
+        ".zip",
+        ".tar",
+        ".gz",
+        ".tgz",
+        ".bz2",
+        ".xz",
+        ".7z",
+        ".rar",
+        ".beton",
+        ".partial",
+        ".journal",
+        ".mp4",
+        ".avi",
+        ".mov",
+        ".mp3",
+        ".wav",
+        ".log",
+        ".db",
+        ".url",
+        ".lnk",
+        ".exe",
+        ".dll",
+    ]
 )
-_SPLITS = frozenset("train training val valid validation test testing dev".split())
+_SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev"])
 
 
 def looks_like_image(head: bytes) -> bool:
     """Whether the first 16 bytes begin a format that Pillow may read."""
     return (
-        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP"))
+        head.startswith(
+            (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
+        )
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or head[4:8] == b"ftyp"
     )
@@ -56,7 +110,9 @@ class FolderSource(Source):
         super().__init__(kind="folder")
         require_same_options("folder", options, ("label_from", "classes"))
         if options.label_from.startswith("column:"):
-            raise UsageError(f"a folder has no columns; use parent, none or regex:..., got {options.label_from!r}")
+            raise UsageError(
+                f"a folder has no columns; use parent, none or regex:..., got {options.label_from!r}"
+            )
         self.root = Path(path)
         self._names, self._sizes = Names(), array("Q")
         folders, files = self._entries(self.root)
@@ -85,7 +141,9 @@ class FolderSource(Source):
         else:
             self.columns = regex_columns(self._names.texts, options, self.errors)
 
-    def _check_shape(self, folders: list[str], files: Sequence[tuple[str, int]], options: SourceOptions) -> None:
+    def _check_shape(
+        self, folders: list[str], files: Sequence[tuple[str, int]], options: SourceOptions
+    ) -> None:
         """The mistakes that would otherwise become wrong labels."""
         if not folders:
             raise DataError(
@@ -96,7 +154,11 @@ class FolderSource(Source):
                 f"{self.root} holds both class folders ({folders[0]!r}, ...) and {len(files)} images beside them ({files[0][0]!r}, "
                 "...), which have no class; move them into a class folder, or use --label-from none or regex:..."
             )
-        if options.label_from == "auto" and options.classes is None and {f.lower() for f in folders} <= _SPLITS:
+        if (
+            options.label_from == "auto"
+            and options.classes is None
+            and {f.lower() for f in folders} <= _SPLITS
+        ):
             raise DataError(
                 f"{self.root} holds splits ({', '.join(folders)}), not classes; convert each of them alone, or say --label-from parent"
             )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastload.beton import EncodedImage, Field
+from fastload.beton import Field
 from fastload.errors import DataError, UsageError
 from fastload.sources_base import (
     Column,
@@ -44,7 +44,9 @@ class PythonSource(Source):
         super().__init__(kind="python")
         require_same_options("Python object", options, ("label_from", "classes", "root"))
         if options.label_from not in ("auto", "none"):
-            raise UsageError(f"labels of a Python object are in its items; use none, got {options.label_from!r}")
+            raise UsageError(
+                f"labels of a Python object are in its items; use none, got {options.label_from!r}"
+            )
         self.data, self._count = data, len(data)
         self._root = options.root if options.root is not None else getattr(data, "root", None)
         if not self._count:
@@ -64,8 +66,12 @@ class PythonSource(Source):
                     f"labels are text, and their order is not known; give classes=[...], got {first[self._label_key]!r}"
                 )
             self._places = {name: n for n, name in enumerate(names or ())}
-            label = _field("label", first[self._label_key] if names is None or _is_vector(first[self._label_key]) else 0)
-            self.columns.append(Column(label, self._label_key, lambda i: None, tuple(names) if names else None))
+            label = _field(
+                "label", first[self._label_key] if names is None or _is_vector(first[self._label_key]) else 0
+            )
+            self.columns.append(
+                Column(label, self._label_key, lambda i: None, tuple(names) if names else None)
+            )
         for title, name in self._fields.items():
             self.columns.append(Column(_field(name, first[title]), title, lambda i: None))
 
@@ -154,7 +160,12 @@ class BetonSource(Source):
         if spec.kind in ("int", "float"):
             numbers = self.data.column(name)
             return lambda i: numbers[i].item()
-        return lambda i: self.data.value(i, name)
+
+        def value(i: int) -> Any:  # without decoding the image
+            reader, at = self.data.locate(i)
+            return reader.value(at, name)
+
+        return value
 
     def _renumbered(
         self, get: Callable[[int], Any], names: Sequence[str], classes: Sequence[str]
@@ -210,7 +221,9 @@ def _image_key(first: Mapping[str, Any]) -> str:
     for key in _IMAGE_KEYS:
         if key in first:
             return key
-    raise UsageError(f"an item needs an image under one of {', '.join(_IMAGE_KEYS)}; got the keys {', '.join(first)}")
+    raise UsageError(
+        f"an item needs an image under one of {', '.join(_IMAGE_KEYS)}; got the keys {', '.join(first)}"
+    )
 
 
 def _class_names(data: Any, key: str) -> list[str] | None:
@@ -259,10 +272,14 @@ def _value(field: Field, value: Any) -> Any:
         if field.kind == "ndarray":
             array = np.asarray(_array(value), field.dtype)
             if array.shape != field.shape:
-                raise DataError(f"its {field.name!r} has shape {array.shape}, and the first item's {field.shape}")
+                raise DataError(
+                    f"its {field.name!r} has shape {array.shape}, and the first item's {field.shape}"
+                )
             return array
     except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"its {field.name!r} is no {field.kind} as in the first item, got {value!r}") from error
+        raise DataError(
+            f"its {field.name!r} is no {field.kind} as in the first item, got {value!r}"
+        ) from error
     return value
 
 
@@ -279,14 +296,18 @@ def _loader(image: Any, root: Any) -> Callable[[], Payload]:
         return lambda: read_bytes(path)
     if isinstance(image, bytes | bytearray | memoryview):
         return lambda: bytes(image)
-    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):  # Hugging Face, Image(decode=False)
+    if isinstance(image, Mapping) and isinstance(
+        image.get("bytes"), bytes
+    ):  # Hugging Face, Image(decode=False)
         return lambda: bytes(image["bytes"])
     if hasattr(image, "getbands"):
         return lambda: _from_pil(image)
     if hasattr(image, "__array__") or hasattr(image, "detach"):
         tensor = hasattr(image, "detach")
         return lambda: _pixels(_array(image), channels_first=tensor)
-    raise DataError(f"an image is a PIL image, uint8 array or tensor, bytes or path, got {type(image).__name__}")
+    raise DataError(
+        f"an image is a PIL image, uint8 array or tensor, bytes or path, got {type(image).__name__}"
+    )
 
 
 def _pixels(array: np.ndarray, *, channels_first: bool) -> Payload:
@@ -319,9 +340,9 @@ def _from_pil(image: Any) -> Payload:
     if image.mode == "F":
         raise DataError("a PIL image of mode F has no known range; convert it to 8 bits first")
     buffer = io.BytesIO()
-    image.save(buffer, "TIFF" if image.mode == "CMYK" else "PNG", **({} if image.mode == "CMYK" else {"compress_level": 0}))
+    image.save(
+        buffer,
+        "TIFF" if image.mode == "CMYK" else "PNG",
+        **({} if image.mode == "CMYK" else {"compress_level": 0}),
+    )
     return buffer.getvalue()
-
-
-def is_encoded(payload: Payload) -> bool:
-    return isinstance(payload, EncodedImage)

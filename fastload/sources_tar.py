@@ -37,7 +37,25 @@ from fastload.sources_base import (
     require_same_options,
 )
 
-_IMAGES = frozenset("jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm jp2 avif img".split())
+_IMAGES = frozenset(
+    [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "jp2",
+        "avif",
+        "img",
+    ]
+)
 _EXTRAS = ("cls", "json", "txt")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]+)\.\.([0-9]+)")
@@ -57,7 +75,9 @@ def expand(text: str) -> list[str]:
     for name in names:
         found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
         if not found:
-            raise UsageError(f"no file matches {name!r}; check the pattern and the folder {os.path.dirname(name) or '.'!r}")
+            raise UsageError(
+                f"no file matches {name!r}; check the pattern and the folder {os.path.dirname(name) or '.'!r}"
+            )
         paths.extend(found)
     return paths
 
@@ -87,7 +107,9 @@ class TarSource(Source):
 
     def __init__(self, paths: Sequence[str], options: SourceOptions) -> None:
         super().__init__(kind="tar")
-        require_same_options("tar file", options, ("label_from", "labels", "label_sep", "classes", "shard_ids"))
+        require_same_options(
+            "tar file", options, ("label_from", "labels", "label_sep", "classes", "shard_ids")
+        )
         self.paths = [Path(path) for path in paths]
         self._keys, self._suffixes = Names(), Names()
         self._suffix_ids: dict[str, int] = {}
@@ -99,10 +121,15 @@ class TarSource(Source):
         for n, path in enumerate(self.paths):
             self._scan(n, path)
         if not len(self):
-            raise DataError(f"{self._shown()} holds no images; WebDataset shards hold files like 000001.jpg and 000001.cls")
+            raise DataError(
+                f"{self._shown()} holds no images; WebDataset shards hold files like 000001.jpg and 000001.cls"
+            )
         self._make_columns(options)
         check_unique(
-            self._id, len(self), self._where, "remove one, or put the shard's name before each key with --shard-ids"
+            self._id,
+            len(self),
+            self._where,
+            "remove one, or put the shard's name before each key with --shard-ids",
         )
 
     def _shown(self) -> str:
@@ -115,7 +142,7 @@ class TarSource(Source):
         try:
             with tarfile.open(path, "r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # tarfile would keep a million of them
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a million of them
                     folder, _, base = member.name.rpartition("/")
                     stem, dot, suffix = base.partition(".")
                     if not member.isreg() or not dot or not stem:
@@ -133,7 +160,11 @@ class TarSource(Source):
         except tarfile.ReadError as error:
             with open(path, "rb") as file:
                 packed = file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-            cure = "decompress it first (gunzip)" if packed else f"it is damaged or cut off ({error}): fetch it again"
+            cure = (
+                "decompress it first (gunzip)"
+                if packed
+                else f"it is damaged or cut off ({error}): fetch it again"
+            )
             raise DataError(f"{path} cannot be read as a plain tar file; {cure}") from error
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}); check the file") from error
@@ -141,7 +172,11 @@ class TarSource(Source):
     def _check_end(self, path: Path, tar: tarfile.TarFile) -> None:
         """tarfile takes a file that is cut between two members for a whole one, or reads past a member that is cut."""
         offsets, sizes = self._places["image"]
-        if offsets and self._shards[-1] == len(self.paths) - 1 and offsets[-1] + sizes[-1] > path.stat().st_size:
+        if (
+            offsets
+            and self._shards[-1] == len(self.paths) - 1
+            and offsets[-1] + sizes[-1] > path.stat().st_size
+        ):
             raise tarfile.ReadError("unexpected end of data")
 
     def _close_sample(self, shard: int, key: str | None, parts: dict[str, tuple[int, int]]) -> None:
@@ -175,29 +210,39 @@ class TarSource(Source):
         keys = options.columns()
         if keys:
             for title, name in zip(keys, ["label", *field_names(keys[1:], _EXTRAS)]):
-                self.columns.append(label_column(name, title, self._json_texts(title), options, self.errors))
+                self.columns.append(
+                    label_column(
+                        name, title, self._json_texts(title, options.label_sep), options, self.errors
+                    )
+                )
         elif options.label_from in ("auto", "parent") and any(offsets):
             if options.label_from == "parent":
-                raise UsageError("the labels of a tar file are its .cls files; leave --label-from out, got 'parent'")
+                raise UsageError(
+                    "the labels of a tar file are its .cls files; leave --label-from out, got 'parent'"
+                )
             texts = Names()
             for i in range(len(self)):
                 texts.append(self._part(i, "cls").strip())
             self.columns.append(label_column("label", "cls", texts, options, self.errors))
         else:
-            self.columns.extend(regex_columns(lambda: map(self._name, range(len(self))), options, self.errors))
+            self.columns.extend(
+                regex_columns(lambda: map(self._name, range(len(self))), options, self.errors)
+            )
         if any(self._places["json"][0]):
             self.columns.append(Column(Field("json", "json"), "json", self._json))
         if any(self._places["txt"][0]):
             self.columns.append(Column(Field("txt", "bytes"), "txt", lambda i: self._part(i, "txt")))
 
-    def _json_texts(self, name: str) -> Names:
+    def _json_texts(self, name: str, sep: str | None) -> Names:
         texts = Names()
         known: set[str] = set()
         for i in range(len(self)):
             record = self._json(i)
             value = record.get(name) if isinstance(record, dict) else None
             known.update(record if isinstance(record, dict) and len(known) < 1000 else ())
-            texts.append("" if value is None else value if isinstance(value, bytes) else str(value).encode())
+            if isinstance(value, list) and sep is not None:
+                value = sep.join(map(str, value))
+            texts.append(b"" if value is None else str(value).encode())
         if name not in known:
             shown = ", ".join(sorted(known)) or "none"
             raise UsageError(f"no .json in {self._shown()} has the key {name!r}; the keys are: {shown}")

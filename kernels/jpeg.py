@@ -237,6 +237,26 @@ def crop(data, info, y0, x0, y1, x1, out, window):
     return OK
 
 
+WHOLE = -1  # cut: the picture must be decoded as a whole
+
+
+@kernel
+def cut(data, height, width, y0, x0, y1, x1, out, window):
+    """:func:`parse_into` and :func:`crop` in one call, for a picture that should have ``height`` x ``width`` pixels.
+
+    Returns OK, WHOLE if nothing can or need be cut off, or what is wrong.
+    """
+    info = np.empty(INFO_SIZE, np.int64)
+    status = parse_into(data, info)
+    if status != OK:
+        return status
+    if info[HEIGHT] != height or info[WIDTH] != width:
+        return BAD_FRAME
+    if not can_crop(info):
+        return WHOLE
+    return crop(data, info, y0, x0, y1, x1, out, window)
+
+
 def choose_interval(mcus_x: int, mcus_y: int, mcu_w: int) -> int:
     """MCUs between restart markers: the divisor of a row's MCUs nearest (in ratio) to 56 pixels.
 

@@ -68,6 +68,7 @@ def make_split(train: Dataset | str | Path, valid: Dataset | str | Path | None, 
     groups = None if field is None else field_values(data, field)
     if valid is not None:
         other = open_data(valid)
+        _check_apart(data, other)
         other_labels = match_labels(other, classes)
         other_groups = None
         if groups is not None and field in other.fields:
@@ -153,11 +154,25 @@ def group_field(data: Dataset, choice: str) -> str | None:
 
 def field_values(data: Dataset, name: str) -> np.ndarray:
     """(N,) values of a field as text, one per image: class names where the field has them."""
+    if data.fields[name].kind in ("bytes", "json"):
+        places = (data.locate(i) for i in range(len(data)))
+        return np.array([str(reader.value(at, name)) for reader, at in places])
     names = data.class_names(name)
     column = np.asarray(data.column(name))
     if column.ndim != 1:
         raise UsageError(f"groups need one value per image, got field {name!r} of shape {column.shape}")
     return np.array([names[value] if names else str(value) for value in column.tolist()])
+
+
+def _check_apart(train: Dataset, valid: Dataset) -> None:
+    """Refuse images that are in both: found where both are views of the same files."""
+    if [Path(p).resolve() for p in train.paths] == [Path(p).resolve() for p in valid.paths]:
+        both = np.intersect1d(train.indices, valid.indices)
+        if len(both):
+            raise DataError(
+                f"{len(both)} of {len(valid)} validation images are training images too, so the score would mean "
+                f"nothing; leave --valid out to hold some apart, got {valid.path!r} twice"
+            )
 
 
 def _check_groups(train: np.ndarray, valid: np.ndarray, field: str) -> None:
@@ -190,19 +205,16 @@ def _warn_missing(split: Split) -> None:
 
 
 def train_pipeline(cfg: Config, mean: Sequence[float], std: Sequence[float]) -> tuple[Any, ...]:
-    """Transforms of the training side: ``cfg.augment``, flip and mixing, ending in Normalize."""
-    specs: list[Any] = {
-        "default": [T.RandomResizedCrop(cfg.size)],
-        "light": [T.Resize(cfg.size), T.RandomCrop(cfg.size, padding=max(1, cfg.size // 8))],
-        "none": [T.Resize(cfg.size), T.CenterCrop(cfg.size)],
-    }[cfg.augment]
-    if cfg.flip and cfg.augment != "none":
-        specs.append(T.HorizontalFlip())
-    if cfg.mixup:
-        specs.append(T.Mixup(cfg.mixup))
-    if cfg.cutmix:
-        specs.append(T.CutMix(cfg.cutmix))
-    return (*specs, T.Normalize(tuple(mean), tuple(std)))
+    """Transforms of the training side: crop as ``cfg.augment`` says, flip, normalise with (3,) mean and std, mixing."""
+    crop: dict[str, tuple[Any, ...]] = {
+        "default": (T.RandomResizedCrop(cfg.size),),
+        "light": (T.Resize(cfg.size), T.RandomCrop(cfg.size, padding=max(1, cfg.size // 8))),
+        "none": (T.Resize(cfg.size), T.CenterCrop(cfg.size)),
+    }
+    flip = (T.HorizontalFlip(),) if cfg.flip and cfg.augment != "none" else ()
+    mixup = (T.Mixup(cfg.mixup),) if cfg.mixup else ()
+    cutmix = (T.CutMix(cfg.cutmix),) if cfg.cutmix else ()
+    return (*crop[cfg.augment], *flip, T.Normalize(_triple(mean), _triple(std)), *mixup, *cutmix)
 
 
 def eval_pipeline(cfg: Config, mean: Sequence[float], std: Sequence[float]) -> tuple[Any, ...]:
@@ -211,4 +223,9 @@ def eval_pipeline(cfg: Config, mean: Sequence[float], std: Sequence[float]) -> t
     After random resized crops the centre is taken at 7/8, as is usual; otherwise the image is seen whole, as in training.
     """
     ratio = 0.875 if cfg.augment == "default" else 1.0
-    return tuple(T.eval(cfg.size, crop_ratio=ratio, mean=tuple(mean), std=tuple(std)))
+    return tuple(T.eval(cfg.size, crop_ratio=ratio, mean=mean, std=std))
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

@@ -9,6 +9,7 @@ then renamed over it. A failed write leaves the old file as it was.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -30,26 +31,20 @@ def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; give the name of a file in it")
-        file = open(temporary, "wb")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder you may write to"
-        ) from error
-    try:
-        with file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise DataError(
-            f"writing {path} failed: {error.strerror or error}; what was there before is unchanged, "
-            "make room and start again"
-        ) from error
+        why = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise DataError(
+                f"writing {path} failed: {why}; what was there before is unchanged, make room and start again"
+            ) from error
+        raise UsageError(f"cannot write {path}: {why}; choose a place you may write to") from error
     finally:
-        with suppress(FileNotFoundError):  # renamed already, unless something above failed
+        with suppress(OSError):  # renamed already, unless something above failed
             temporary.unlink()
 
 

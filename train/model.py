@@ -24,10 +24,13 @@ def create_model(name: str, num_classes: int, pretrained: bool = False, size: in
     """
     if not timm.is_model(name):
         raise unknown("model", name, timm.list_models(), "see timm.list_models()")
-    options = {}
-    if size is not None and (known := timm.get_pretrained_cfg(name, allow_unregistered=False)) is not None:
-        if known.fixed_input_size and known.input_size[-1] != size:
-            options["img_size"] = size
+    options: dict[str, Any] = {}
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the model is there, the tag behind the dot is not
+        raise unknown("model", name, timm.list_pretrained(f"{name.split('.')[0]}.*")) from error
+    if size is not None and known is not None and known.fixed_input_size and known.input_size[-1] != size:
+        options["img_size"] = size
     try:
         model = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=3, **options)
     except (

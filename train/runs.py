@@ -140,7 +140,7 @@ def write_probs(
     folder: Path, ids: Sequence[str], labels: np.ndarray, probs: np.ndarray, classes: Sequence[str]
 ) -> None:
     """``valid_probs.npz``: ids (N,) text, labels (N,) int64, probs (N, C) float32, classes (C,) text; needs no pickle."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "ids": np.array(list(ids), dtype=str),
         "labels": labels,
         "probs": probs,

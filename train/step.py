@@ -10,6 +10,7 @@ device, except that fp16's loss scaling must look at the gradients once per opti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm.optim
@@ -22,6 +23,8 @@ from fastload.train.config import Config
 from fastload.train.ema import Ema
 from fastload.train.model import autocast, create_model, pick_device, resolve_amp
 from fastload.train.schedule import factor
+
+_factory: Any = timm.optim  # timm's types do not name its public functions
 
 
 def make_step(
@@ -36,35 +39,29 @@ def make_step(
 
     ``steps_per_epoch`` optimizer steps make an epoch of the schedule; None keeps the peak learning rate (a benchmark).
     """
-    device = pick_device(str(device) if device is not None else cfg.device)
-    amp = resolve_amp(cfg.amp, device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = (
-            True  # one input size: the search for the fastest algorithm pays at once
-        )
+    where = pick_device(str(device) if device is not None else cfg.device)
+    amp = resolve_amp(cfg.amp, where)
+    if where.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # one input size: the search for the fastest algorithm pays
         torch.set_float32_matmul_precision("high")
     if model is None:
         model = create_model(cfg.model, num_classes, cfg.pretrained, cfg.size)
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    model = model.to(device=device, memory_format=layout).train()
-    schedule = None
+    model = model.to(where).to(memory_format=layout).train()
+    schedule: Callable[[int], float] | None = None
     if steps_per_epoch is not None:
         total, warmup = cfg.epochs * steps_per_epoch, round(cfg.warmup * steps_per_epoch)
-
-        def schedule(updates: int) -> float:
-            return factor(updates, total, warmup)
-
-    return Step(cfg, model, make_optimizer(cfg, model), device, amp, schedule)
+        schedule = partial(factor, total=total, warmup=warmup)
+    return Step(cfg, model, make_optimizer(cfg, model), where, amp, schedule)
 
 
 def make_optimizer(cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer called ``cfg.optimizer``; biases and all one-dimensional weights (norms) are not decayed."""
-    if cfg.optimizer not in timm.optim.list_optimizers():
-        raise unknown(
-            "optimizer", cfg.optimizer, timm.optim.list_optimizers(), "see timm.optim.list_optimizers()"
-        )
+    known = _factory.list_optimizers()
+    if cfg.optimizer not in known:
+        raise unknown("optimizer", cfg.optimizer, known, "see timm.optim.list_optimizers()")
     try:
-        optimizer = timm.optim.create_optimizer_v2(
+        optimizer: torch.optim.Optimizer = _factory.create_optimizer_v2(
             model, opt=cfg.optimizer, lr=cfg.peak_lr, weight_decay=cfg.weight_decay, filter_bias_and_bn=True
         )
     except (AssertionError, ImportError, RuntimeError, TypeError) as error:

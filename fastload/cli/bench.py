@@ -11,11 +11,15 @@ import click
 @click.command("bench")
 @click.argument("data", type=click.Path())
 @click.option("--model", default="resnet18", show_default=True, help="Name of a timm model.")
-@click.option("--size", default=224, show_default=True, help="Side of the square that the model sees, in pixels.")
+@click.option(
+    "--size", default=224, show_default=True, help="Side of the square that the model sees, in pixels."
+)
 @click.option("--batch-size", default=64, show_default=True, help="Images a step.")
 @click.option("--threads", type=int, default=None, help="Threads of the loader. [default: all cores]")
 @click.option("--device", default=None, help="cpu, cuda, cuda:1, mps. [default: the best there is]")
-@click.option("--seconds", default=40.0, show_default=True, help="Time budget; the number of steps adapts to it.")
+@click.option(
+    "--seconds", default=40.0, show_default=True, help="Time budget; the number of steps adapts to it."
+)
 @click.option(
     "--transforms",
     "preset",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -98,17 +98,19 @@ def command(
             f"{line['images_per_s']:,.0f} img/s  waits for data {line['stall']:.0%}"
         )
 
-    with warnings.catch_warnings(record=False):
+    def tell(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        click.echo(f"warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell  # one line each, without the place in our source
         warnings.simplefilter("always", TrainWarning)
-        plain = warnings.showwarning
-
-        def tell(message: Any, category: Any, *rest: Any) -> None:
-            if issubclass(category, TrainWarning):
-                click.echo(f"warning: {message}", err=True)
-            else:
-                plain(message, category, *rest)
-
-        warnings.showwarning = tell
         run = Trainer(cfg).fit(data, valid, folder, resume=resume, overwrite=overwrite, on_epoch=show)
     click.echo(
         f"best: epoch {run.best_epoch} of {len(run.history)}, accuracy {run.accuracy:.4f}, macro-F1 {run.macro_f1:.4f} "

@@ -1,0 +1,186 @@
+"""The CPU engine: cut the crop out of the JPEG, decode it, resize, recolour; one image at a time, on any thread.
+
+Of each image only the restart segments under the crop are decoded. With ``decode="fast"`` chroma is upsampled without
+smoothing and a crop at least twice as large as the output is decoded at 1/2, 1/4 or 1/8 of its size; ``"exact"`` gives the
+pixels that Pillow gives. Nearly all of it runs without the GIL.
+
+>>> Engine(dataset, Plan(transforms.train(224)), "fast").execute(base_index, table, row, out)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from typing import Any
+
+import numpy as np
+
+from fastload import codecs
+from fastload.beton import EncodedImage
+from fastload.dataset import Dataset
+from fastload.draws import Plan, Table
+from fastload.errors import CorruptError, DataError, UsageError
+from fastload.kernels import jpeg, pixels, resize
+
+FAST, EXACT = "fast", "exact"
+_SMOOTH = 2  # pixels of margin that keep smooth chroma upsampling independent of the cut
+_KEEP = 1 << 26  # scratch memory that a thread keeps; more is freed after the image that needed it
+
+
+class Engine:
+    """Executes rows of a table for samples of a dataset; safe to call from many threads at once."""
+
+    def __init__(self, dataset: Dataset, plan: Plan, decode: str = FAST) -> None:
+        if decode not in (FAST, EXACT):
+            raise UsageError(f"decode must be 'fast' or 'exact', got {decode!r}")
+        self._dataset, self._plan, self._exact = dataset, plan, decode == EXACT
+        self._field = dataset.image_field
+        self._fill = np.array(plan.fill, np.uint8)
+        self._erase_fill = plan.erase_fill
+        self._local = threading.local()
+
+    def execute(self, base: int, table: Table, row: int, out: np.ndarray) -> None:
+        """Fill ``out`` (H, W, 3) uint8 with sample ``base`` as row ``row`` says. CorruptError for bad bytes."""
+        reader, at = self._dataset.locate_base(base)
+        image = reader.image(at, self._field)
+        if self._plan.whole_image:
+            whole = self._decode_whole(image)
+            out[:] = self._call(self._plan.per_image[0], whole, table, row, out.shape)
+        else:
+            self._geometry(image, table, row, out)
+        if table.colour is not None and table.coloured[row]:
+            pixels.recolour(out, table.colour[row])
+        if table.erase.shape[1]:
+            pixels.erase(out, table.erase[row], self._erase_fill)
+        for spec in self._plan.per_image[1 if self._plan.whole_image else 0 :]:
+            out[:] = self._call(spec, out, table, row, out.shape)
+
+    def _geometry(self, image: EncodedImage, table: Table, row: int, out: np.ndarray) -> None:
+        y, x, height, width = table.place[row].tolist()
+        if (height, width) != out.shape[:2]:
+            pixels.fill_outside(out, y, x, height, width, self._fill)
+            out = out[y : y + height, x : x + width]
+        flips = int(table.flips[row])
+        box: list[float] = table.box[row].tolist()
+        clip: list[int] = table.clip[row].tolist()
+        if image.mode == "raw":
+            source, origin, factor = _raw(image), (0, 0), 1
+        else:
+            source, origin, factor = self._decode_window(image, box, clip, height, width)
+        shift = (*origin, *origin)
+        box = [(b - o) / factor for b, o in zip(box, shift)]
+        if factor == 1 and box[2] - box[0] == height and box[3] - box[1] == width and box[0] % 1 == box[1] % 1 == 0:
+            resize.copy_window(source, int(box[0]), int(box[1]), out, flips)
+            return
+        limits = (*source.shape[:2], *source.shape[:2])
+        low = [max((c - o) // factor, 0) for c, o in zip(clip[:2], shift)]
+        high = [min(-(-(c - o) // factor), m) for c, o, m in zip(clip[2:], shift, limits)]
+        resize.resize(source, tuple(box), (*low, *high), out, flips)  # type: ignore[arg-type]
+
+    def _decode_window(
+        self, image: EncodedImage, box: list[float], clip: list[int], height: int, width: int
+    ) -> tuple[np.ndarray, tuple[int, int], int]:
+        """Pixels (h, w, 4) that hold at least the window, where they begin in the image, and by what they are reduced."""
+        scale_y, scale_x = (box[2] - box[0]) / height, (box[3] - box[1]) / width
+        factor = 1
+        while not self._exact and factor < 8 and min(scale_y, scale_x) >= 2 * factor:
+            factor *= 2
+        # The triangle filter looks one (scaled) pixel further than the box, where the clip allows.
+        margin = (_SMOOTH if self._exact else 0) + (factor if factor > 1 else 0)
+        reach_y, reach_x = max(scale_y, 1.0), max(scale_x, 1.0)
+        window = (
+            max(clip[0], math.floor(box[0] - reach_y)) - margin,
+            max(clip[1], math.floor(box[1] - reach_x)) - margin,
+            min(clip[2], math.ceil(box[2] + reach_y)) + margin,
+            min(clip[3], math.ceil(box[3] + reach_x)) + margin,
+        )
+        data = codecs.as_bytes(image.data)
+        scratch = self._scratch("jpeg", data.size)
+        found = np.empty(5, np.int64)
+        status = int(jpeg.cut(data, image.height, image.width, *window, scratch, found))
+        if status == jpeg.OK:
+            size, y, x, h, w = found.tolist()
+            data = scratch[:size]
+        elif status == jpeg.WHOLE:
+            y, x, h, w = 0, 0, image.height, image.width
+        else:
+            raise CorruptError(jpeg.REASONS[status])
+        if h * w > codecs.MAX_PIXELS:
+            raise CorruptError(f"it has {w} x {h} pixels, over the limit of {codecs.MAX_PIXELS:,}")
+        least = (-(-h // factor), -(-w // factor))
+        memory = self._scratch("pixels", least[0] * least[1] * 4)
+        decoded = codecs.decode_rgbx(data, least if factor > 1 else (0, 0), self._exact, memory)
+        if decoded.shape[:2] != least:
+            raise CorruptError(f"its JPEG decodes to {decoded.shape[0]} x {decoded.shape[1]}, not {least[0]} x {least[1]}")
+        return decoded, (y, x), factor
+
+    def _decode_whole(self, image: EncodedImage) -> np.ndarray:
+        if image.mode == "raw":
+            return _raw(image).copy()
+        decoded = codecs.decode_jpeg(codecs.as_bytes(image.data), self._exact)
+        if decoded.shape != (image.height, image.width, 3):
+            raise CorruptError(f"its JPEG decodes to {decoded.shape[:2]}, not {(image.height, image.width)}")
+        return decoded
+
+    def _scratch(self, name: str, size: int) -> np.ndarray:
+        memory: np.ndarray | None = getattr(self._local, name, None)
+        if memory is None or memory.size < size or memory.size > _KEEP >= size:
+            memory = np.empty(max(size + size // 2, 1 << 16), np.uint8)
+            setattr(self._local, name, memory)
+        return memory
+
+    def _call(self, spec: Any, image: np.ndarray, table: Table, row: int, shape: tuple[int, ...]) -> np.ndarray:
+        assert table.keys is not None  # drawn whenever the plan has a PerImage
+        functions = getattr(self._local, "functions", None)
+        if functions is None:
+            functions = self._local.functions = {}
+        if id(spec) not in functions:
+            functions[id(spec)] = adapt(spec.fn, spec.seeded)
+        result = functions[id(spec)](image, table.keys[row])
+        if not isinstance(result, np.ndarray) or result.dtype != np.uint8 or result.shape != shape:
+            got = f"{result.dtype} {result.shape}" if isinstance(result, np.ndarray) else type(result).__name__
+            raise UsageError(
+                f"PerImage must return uint8 of shape {shape}, got {got}; leave conversion and normalising to "
+                "transforms.Normalize"
+            )
+        return result
+
+
+def adapt(fn: Any, seeded: bool) -> Any:
+    """``fn`` as a function of ((H, W, 3) uint8, key (4,) uint32) that returns an array; one copy for each thread."""
+    module = type(fn).__module__
+    if module.startswith("albumentations"):
+        own = copy.deepcopy(fn)  # its generator is state, which threads must not share
+
+        def run_albumentations(image: np.ndarray, key: np.ndarray) -> Any:
+            if hasattr(own, "set_random_seed"):
+                own.set_random_seed(int(key[0]))
+            return own(image=image)["image"]
+
+        return run_albumentations
+    if module.startswith("torchvision.transforms"):
+        import torch
+
+        def run_torchvision(image: np.ndarray, key: np.ndarray) -> Any:
+            result = fn(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
+            return result.numpy().transpose(1, 2, 0) if isinstance(result, torch.Tensor) else np.asarray(result)
+
+        return run_torchvision
+    if seeded:
+        return lambda image, key: fn(image, np.random.default_rng(key))
+    return lambda image, key: fn(image)
+
+
+def _raw(image: EncodedImage) -> np.ndarray:
+    source: np.ndarray = codecs.as_bytes(image.data).reshape(image.height, image.width, 3)
+    return source
+
+
+def check_uniform(heights: np.ndarray, widths: np.ndarray) -> None:
+    """Without geometry a batch needs images of one size."""
+    if heights.size and (heights.min() != heights.max() or widths.min() != widths.max()):
+        raise DataError(
+            f"the images have different sizes ({heights.min()} to {heights.max()} x {widths.min()} to {widths.max()}), "
+            "and a batch needs one; add a transform that sets it, such as transforms.eval(224)"
+        )

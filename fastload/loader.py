@@ -1,0 +1,445 @@
+"""The loader: batches of a dataset, prefetched by threads, the same to the bit for any number of them.
+
+It knows order, buffers and lifecycle. What a batch looks like is drawn by :mod:`fastload.draws` and executed by an engine.
+Leaving the loop early stops the threads; a buffer is used again only when nobody holds its tensor any more.
+
+>>> for images, labels in fastload.Loader("photos.beton", 64, transforms=transforms.train(224), shuffle=True): ...
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastload.batch import Batch, Buffers, batch_class
+from fastload.dataset import Dataset
+from fastload.dataset import open as open_dataset
+from fastload.draws import Plan, Table
+from fastload.engines.cpu import Engine, check_uniform
+from fastload.errors import CorruptError, DataError, FastloadError, UsageError, unknown
+from fastload.kernels import pixels, rng
+from fastload.order import Order, balanced_weights
+from fastload.system import usable_cores
+from fastload.transforms import Spec
+
+__all__ = ["Batch", "Loader", "Replaced"]
+
+_STREAM_REPLACE = 0xFC00
+_ATTEMPTS = 10
+_SLICES_PER_THREAD = 3  # small enough that one large image does not hold a batch
+_DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A corrupt sample whose place in an epoch another sample took; indices are base indices."""
+
+    index: int
+    id: str
+    source: str
+    reason: str
+    replacement: int
+
+
+class Loader:
+    """Iterates over batches of a dataset.
+
+    Args:
+        data: a Dataset or the path of a `.beton` file.
+        batch_size: samples in a batch; the last one may be smaller unless ``drop_last``.
+        transforms: a pipeline (see :mod:`fastload.transforms`); None takes images as they are, which must be of one size.
+        shuffle, seed: a new permutation each epoch, a function of (seed, epoch). The seed also keys all augmentation.
+        threads: decoding threads; None is one for each usable core.
+        indices: use only these samples of ``data``.
+        weights: draw with replacement in proportion to them: one number a sample, or "balanced" for equal classes.
+        fields: what a batch holds, in order; default ("image", "label"). Also "index", "id", "source".
+        device: where tensors go; None leaves them in host memory.
+        dtype: "uint8", "float32", "float16" or "bfloat16"; None is float32 with Normalize in the pipeline, else uint8.
+        rank, world_size: this process's share of each epoch. With ``drop_last`` all ranks get equally many samples.
+        on_error: "raise" stops at a corrupt sample; "replace" puts another in its place, the same in every run, and
+            lists it in ``errors``.
+        prefetch: batches prepared ahead.
+        engine: "cpu".
+        decode: "fast" or "exact" (see :mod:`fastload.engines.cpu`).
+
+    A batch is a named tuple; images are (B, 3, H, W) in channels_last memory, labels (B,) int64, or (B, C) float32 with
+    Mixup, CutMix or a multi-label file; ``batch.index`` (B,) int64 are the base indices of its samples. Raises UsageError
+    for wrong arguments; iteration raises CorruptError, naming the sample, for bytes that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        data: Dataset | str | os.PathLike[str],
+        batch_size: int = 64,
+        *,
+        transforms: Sequence[Spec] | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        threads: int | None = None,
+        drop_last: bool = False,
+        indices: Any = None,
+        weights: Any = None,
+        fields: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        on_error: str = "raise",
+        prefetch: int = 2,
+        engine: str = "cpu",
+        decode: str = "fast",
+    ) -> None:
+        self._owned = not isinstance(data, Dataset)
+        dataset = data if isinstance(data, Dataset) else open_dataset(data)
+        self.dataset = dataset if indices is None else dataset.subset(indices)
+        self.batch_size = _positive("batch_size", batch_size)
+        self.threads = usable_cores() if threads is None else _positive("threads", threads)
+        self.prefetch = _positive("prefetch", prefetch)
+        self.drop_last = bool(drop_last)
+        if on_error not in ("raise", "replace"):
+            raise UsageError(f"on_error must be 'raise' or 'replace', got {on_error!r}")
+        self._replace = on_error == "replace"
+        if engine != "cpu":
+            if engine in ("cuda", "dali"):
+                raise UsageError(f"engine {engine!r} is not part of this release; use engine='cpu' with device='cuda'")
+            raise unknown("engine", engine, ["cpu"])
+        if not len(self.dataset):
+            raise DataError(f"{self.dataset.path} has no samples to load (after indices); nothing to iterate over")
+        self.plan = Plan(transforms)
+        if self.plan.size is None:
+            check_uniform(self.dataset.heights, self.dataset.widths)
+        if isinstance(weights, str):
+            if weights != "balanced":
+                raise UsageError(f"weights must be numbers or 'balanced', got {weights!r}")
+            weights = balanced_weights(self._class_labels())
+        self._order = Order(
+            len(self.dataset), int(seed), bool(shuffle), weights, int(rank), int(world_size), self.drop_last
+        )
+        self._indices = None if self.dataset._view is None else self.dataset._view
+        self._fields = self._check_fields(fields)
+        self._batch_class = batch_class(self._fields)
+        self._engine = Engine(self.dataset, self.plan, decode)
+        self.device = None if device is None else torch.device(device)
+        self.dtype = self._check_dtype(dtype)
+        self._classes = self._count_classes() if self.plan.mixers else 0
+        cuda = self.device is not None and self.device.type == "cuda"
+        if cuda and not torch.cuda.is_available():
+            raise UsageError("device 'cuda' is not available here; see: fastload doctor")
+        # On a GPU bytes travel, a quarter of the floats, and are normalised there.
+        self._normalise_late = cuda and not self.plan.mixers
+        self._buffers = Buffers(pinned=cuda)
+        self.errors: list[Replaced] = []
+        self.epoch = 0
+        self._position = 0  # samples of this rank that were handed out in `epoch`
+        self._started = False
+        self._resumed = False
+        self._stats = {"wait_s": 0.0, "batches": 0, "samples": 0}
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of this rank in one epoch."""
+        count = len(self._order)
+        return count // self.batch_size * self.batch_size if self.drop_last else count
+
+    def __len__(self) -> int:
+        """Batches of this rank in one epoch."""
+        return -(-self.num_samples // self.batch_size)
+
+    def __repr__(self) -> str:
+        return (
+            f"Loader({self.dataset.path}, {self.num_samples:,} samples in {len(self):,} batches of {self.batch_size}, "
+            f"{self.threads} threads, epoch {self.epoch})"
+        )
+
+    @property
+    def seed(self) -> int:
+        """The seed of order and augmentation."""
+        return self._order.seed
+
+    def stats(self) -> dict[str, float]:
+        """Of the current or last epoch: seconds the consumer waited for batches (``wait_s``), batches, samples."""
+        return dict(self._stats)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the consumer is: seed, epoch, and samples of this rank already handed out in it."""
+        if self._position >= self.num_samples:
+            return {"seed": self.seed, "epoch": self.epoch + 1, "position": 0}
+        return {"seed": self.seed, "epoch": self.epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from :meth:`state_dict`; the next iteration starts there. Threads and prefetch may differ."""
+        try:
+            seed, epoch, position = (int(state[key]) for key in ("seed", "epoch", "position"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"a loader's state has seed, epoch and position, got {state!r}") from error
+        if seed != self.seed:
+            raise UsageError(f"the state belongs to seed {seed}, and this loader has seed {self.seed}")
+        if epoch < 0 or not 0 <= position <= self.num_samples:
+            raise UsageError(f"position {position} of epoch {epoch} is outside of {self.num_samples} samples")
+        if position % self.batch_size and position != self.num_samples:
+            raise UsageError(
+                f"position {position} is not at the end of a batch of {self.batch_size}; use the batch size it was saved with"
+            )
+        self.epoch, self._position, self._started, self._resumed = epoch, position, False, True
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is this epoch, from its beginning."""
+        if epoch < 0:
+            raise UsageError(f"an epoch is 0 or more, got {epoch}")
+        self.epoch, self._position, self._started, self._resumed = int(epoch), 0, False, False
+
+    # -- iteration -------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._started:
+            self.epoch, self._position = self.epoch + 1, 0
+        elif not self._resumed:
+            self._position = 0
+        if self._position >= self.num_samples > 0:
+            self.epoch, self._position = self.epoch + 1, 0
+        self._started, self._resumed = True, False
+        self._stats = {"wait_s": 0.0, "batches": 0, "samples": 0}
+        return self._run(self.epoch, self._position)
+
+    def _run(self, epoch: int, start: int) -> Iterator[Any]:
+        starts = iter(range(start, self.num_samples, self.batch_size))
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastload")
+        jobs: deque[_Job] = deque()
+        try:
+            for at in starts:
+                jobs.append(self._submit(pool, epoch, at))
+                if len(jobs) > self.prefetch:
+                    break
+            while jobs:
+                begun = time.perf_counter()
+                job = jobs.popleft()
+                batch = self._collect(job)
+                following = next(starts, None)
+                if following is not None:
+                    jobs.append(self._submit(pool, epoch, following))
+                if self.epoch == epoch:
+                    self._position = job.stop
+                self._stats["wait_s"] += time.perf_counter() - begun
+                self._stats["batches"] += 1
+                self._stats["samples"] += len(job.bases)
+                del job
+                yield batch
+                del batch  # the consumer may let go of it while the next one is being made
+        finally:
+            for job in jobs:
+                job.cancelled = True
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """Free the buffers, and the file if this loader opened it. Iterators end by themselves."""
+        self._buffers.clear()
+        if self._owned:
+            self.dataset.close()
+
+    def _submit(self, pool: ThreadPoolExecutor, epoch: int, start: int) -> _Job:
+        stop = min(start + self.batch_size, self.num_samples)
+        chosen = self._order.take(epoch, start, stop)
+        bases = chosen if self._indices is None else self._indices[chosen]
+        rows = self.dataset.gather(self.dataset.image_field, bases)
+        table = self.plan.draw(self.seed, epoch, bases, rows["height"], rows["width"])
+        if self.plan.size is not None:
+            size = self.plan.size
+        else:
+            size = (int(rows["height"][0]), int(rows["width"][0]))
+        images = self._buffers.take((len(bases), *size, 3), np.uint8)
+        floats = None
+        if self.dtype != torch.uint8 and not self._normalise_late:
+            floats = self._buffers.take(images.shape, np.float32)
+        job = _Job(epoch, stop, np.array(bases, np.int64), table, images, floats)
+        step = max(1, -(-len(bases) // (self.threads * _SLICES_PER_THREAD)))
+        job.slices = [
+            pool.submit(self._work, job, at, min(at + step, len(bases))) for at in range(0, len(bases), step)
+        ]
+        return job
+
+    def _work(self, job: _Job, start: int, stop: int) -> None:
+        """Fill rows [start, stop) of a job; runs on a thread of the pool."""
+        for row in range(start, stop):
+            if job.cancelled:
+                return
+            base = int(job.bases[row])
+            try:
+                self._engine.execute(base, job.table, row, job.images[row])
+            except CorruptError as error:
+                self._blame(error, base)
+                if not self._replace:
+                    raise
+                self._substitute(job, row, error)
+            except FastloadError:
+                raise
+            except Exception as error:
+                # A user's PerImage, or a bug: say at which sample, without hiding what it was.
+                if hasattr(error, "add_note"):
+                    reader, at = self.dataset.locate_base(base)
+                    error.add_note(f"while loading sample {base}, id {reader.strings('id')[at]!r}")
+                raise
+        if job.floats is not None:
+            pixels.normalise(job.images[start:stop], *self._affine(), job.floats[start:stop])
+
+    def _blame(self, error: CorruptError, base: int) -> None:
+        reader, at = self.dataset.locate_base(base)
+        error.at(base, reader.strings("id")[at], reader.strings("source")[at])
+
+    def _substitute(self, job: _Job, row: int, error: CorruptError) -> None:
+        """Put another sample in the place of a corrupt one: which one depends on the seed and the sample only."""
+        base = int(job.bases[row])
+        u = rng.uniforms(self.seed, 0, np.array([base], np.uint64), _STREAM_REPLACE, _ATTEMPTS)[0]
+        for attempt in range(_ATTEMPTS):
+            place = min(int(u[attempt] * len(self.dataset)), len(self.dataset) - 1)
+            other = place if self._indices is None else int(self._indices[place])
+            if other == base:
+                continue
+            try:
+                size = self.dataset.gather(self.dataset.image_field, np.array([other]))
+                table = self.plan.draw(self.seed, job.epoch, np.array([other]), size["height"], size["width"])
+                self._engine.execute(other, table, 0, job.images[row])
+            except CorruptError:
+                continue
+            job.bases[row] = other
+            replaced = Replaced(base, error.id or "", error.source or "", error.reason, other)
+            if not self.errors:
+                warnings.warn(f"{error}; another sample takes its place (all are listed in loader.errors)", stacklevel=2)
+            self.errors.append(replaced)
+            return
+        raise error
+
+    def _affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """scale and shift (3,) float32 that turn bytes into what was asked for."""
+        spec = self.plan.normalize
+        if spec is None:
+            return np.full(3, 1 / 255, np.float32), np.zeros(3, np.float32)
+        mean, std = np.asarray(spec.mean), np.asarray(spec.std)
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
+    def _collect(self, job: _Job) -> Any:
+        for part in job.slices:
+            part.result()
+        job.slices = []
+        array = job.images if job.floats is None else job.floats
+        if job.table.mix is not None and job.table.mix_box is not None:
+            rounding = np.float32(0.5 if array.dtype == np.uint8 else 0.0)
+            pixels.mix(array, job.table.mix, job.table.mix_box, rounding)
+        values: dict[str, Any] = {}
+        for name in self._fields:
+            if name == self.dataset.image_field:
+                values[name] = self._finish_images(array)
+            elif name == "label" and self.plan.mixers:
+                values[name] = self._move(self._mixed_labels(job))
+            else:
+                values[name] = self._column(name, job.bases)
+        batch = self._batch_class(*(values[name] for name in self._fields))
+        if "index" not in self._fields:
+            batch.__dict__["_index"] = torch.from_numpy(job.bases)
+        return batch
+
+    def _finish_images(self, array: np.ndarray) -> torch.Tensor:
+        images = torch.from_numpy(array).permute(0, 3, 1, 2)  # (B, 3, H, W), channels_last
+        if self.device is not None and self.device.type == "cuda":
+            images = self._buffers.upload(images, array, self.device)
+        elif self.device is not None:
+            images = images.to(self.device)
+        if self._normalise_late and self.dtype != torch.uint8:
+            scale, shift = (torch.from_numpy(v).to(images.device).view(1, 3, 1, 1) for v in self._affine())
+            images = images.to(torch.float32).mul_(scale).add_(shift)
+        return images if images.dtype == self.dtype else images.to(self.dtype)
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.device is None else tensor.to(self.device, non_blocking=True)
+
+    def _column(self, name: str, bases: np.ndarray) -> Any:
+        if name == "index":
+            return self._move(torch.from_numpy(bases))
+        if name in ("id", "source") and name not in self.dataset.fields:
+            return [reader.strings(name)[at] for reader, at in map(self.dataset.locate_base, bases.tolist())]
+        values = self.dataset.gather(name, bases)
+        if self.dataset.fields[name].kind in ("bytes", "json"):
+            return list(values)
+        values = values.astype(np.float32) if self.dataset.fields[name].kind == "float" else values
+        return self._move(torch.from_numpy(np.ascontiguousarray(values)))
+
+    def _mixed_labels(self, job: _Job) -> torch.Tensor:
+        labels = self.dataset.gather("label", job.bases)
+        if labels.ndim == 1:
+            if labels.min(initial=0) < 0 or labels.max(initial=0) >= self._classes:
+                raise DataError(f"mixing needs labels from 0 to {self._classes - 1}, got {labels.min()} to {labels.max()}")
+            soft = np.zeros((len(labels), self._classes), np.float32)
+            soft[np.arange(len(labels)), labels] = 1.0
+        else:
+            soft = labels.astype(np.float32)
+        assert job.table.mix is not None
+        own = job.table.mix[:, None]
+        return torch.from_numpy(soft * own + soft[::-1] * (1 - own))
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _class_labels(self) -> np.ndarray:
+        labels = self.dataset.labels
+        if labels.ndim != 1:
+            raise UsageError("weights='balanced' needs one label a sample; give numbers for a multi-label file")
+        return labels
+
+    def _count_classes(self) -> int:
+        if "label" not in self._fields:
+            raise UsageError("Mixup and CutMix change labels: fields must include 'label'")
+        labels = self.dataset.labels
+        return labels.shape[1] if labels.ndim == 2 else max(len(self.dataset.classes), int(labels.max()) + 1)
+
+    def _check_fields(self, fields: Sequence[str] | None) -> tuple[str, ...]:
+        image = self.dataset.image_field
+        if fields is None:
+            return (image, "label") if "label" in self.dataset.fields else (image,)
+        known = [*self.dataset.fields, "index", "id", "source"]
+        for name in fields:
+            if name not in known:
+                raise unknown("field", name, known)
+            if name in self.dataset.fields and self.dataset.fields[name].kind == "image" and name != image:
+                raise UsageError(f"a loader decodes one image field ({image!r}), and fields asks for {name!r} too")
+        if not fields or len(set(fields)) != len(fields):
+            raise UsageError(f"fields must name each field once, got {list(fields)!r}")
+        return tuple(fields)
+
+    def _check_dtype(self, dtype: str | torch.dtype | None) -> torch.dtype:
+        if dtype is None:
+            return torch.uint8 if self.plan.normalize is None else torch.float32
+        chosen = _DTYPES.get(str(dtype).removeprefix("torch."))
+        if chosen is None:
+            raise unknown("dtype", dtype, _DTYPES)
+        if chosen == torch.uint8 and self.plan.normalize is not None:
+            raise UsageError("uint8 cannot hold normalised pixels: leave Normalize out, or ask for a float dtype")
+        return chosen
+
+
+class _Job:
+    """A batch in the making."""
+
+    def __init__(
+        self, epoch: int, stop: int, bases: np.ndarray, table: Table, images: np.ndarray, floats: np.ndarray | None
+    ) -> None:
+        self.epoch, self.stop, self.bases, self.table = epoch, stop, bases, table
+        self.images, self.floats = images, floats
+        self.slices: list[Future[None]] = []
+        self.cancelled = False
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise UsageError(f"{name} must be an integer of 1 or more, got {value!r}")
+    return int(value)

@@ -1,0 +1,183 @@
+"""``fastload bench`` with a tiny model: what it measures, what it blames, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastload
+from fastload import transforms
+from fastload.benchmarks import bench as room
+from fastload.benchmarks.bench import BenchOptions, bench, without_per_image
+from fastload.errors import UsageError
+
+MODEL = "test_resnet"
+SMALL = {"size": 32, "batch_size": 8, "threads": 1, "seconds": 3.0, "device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """96 pictures of 80 x 60 px in three classes."""
+    root = tmp_path_factory.mktemp("bench")
+    draw = np.random.default_rng(0)
+    for index in range(96):
+        folder = root / "images" / "abc"[index % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((80, 60), Image.Resampling.BILINEAR).save(folder / f"{index}.jpg")
+    target = root / "data.beton"
+    fastload.convert(root / "images", target, progress=False)
+    return str(target)
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastload", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )
+
+
+def slow(image: np.ndarray) -> np.ndarray:
+    time.sleep(0.01)
+    return image
+
+
+def with_per_image() -> tuple:
+    *steps, normalize = transforms.train(32)
+    return (*steps, transforms.PerImage(slow), normalize)
+
+
+def test_figures_are_consistent_and_complete(data: str) -> None:
+    before = set(threading.enumerate())
+    result = bench(data, MODEL, **SMALL)
+    assert [s.n for s in (result.loader, result.model, result.both, result.stall)] == [5] * 4
+    assert 0 <= result.stall.low <= result.stall.high <= 1
+    # Together they can't be faster than either alone, but for the noise of a shared machine.
+    assert result.both.median < 1.5 * min(result.loader.median, result.model.median)
+    record = json.loads(json.dumps(result.to_json()))
+    assert record["verdict"] == result.verdict.sentence
+    assert record["settings"]["threads"] == 1
+    assert record["settings"]["images"] == 96
+    assert record["loader_without_per_image"] is None
+    assert record["environment"]["versions"]["torch"]
+    assert len(record["loader"]["rounds"]) == 5
+    assert any("an epoch has only 12 batches" in note for note in record["notes"])
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert set(threading.enumerate()) - before == set()
+
+
+def test_a_slow_loader_is_blamed_and_per_image_named_with_its_measured_cost(data: str) -> None:
+    result = bench(data, MODEL, transforms=with_per_image(), **{**SMALL, "seconds": 8.0})
+    assert result.verdict.bottleneck == "loader"
+    assert result.loader.median < 100  # 10 ms of sleep an image on one thread
+    assert result.loader_plain is not None
+    assert result.loader_plain.median > 2 * result.loader.median
+    assert "PerImage" in result.verdict.change
+    assert result.stall.median > 0.5
+    # Oracle: a step of 8 takes at least 80 ms of sleep, and what is not the model's time is waiting.
+    expected = 1 - result.both.median / result.model.median
+    assert result.stall.median == pytest.approx(expected, abs=0.25)
+
+
+def test_a_slow_model_is_blamed_and_nothing_waits(data: str, monkeypatch) -> None:
+    real = room._ModelSide.train
+
+    def heavy(self, images, labels) -> None:
+        real(self, images, labels)
+        time.sleep(0.15)
+
+    monkeypatch.setattr(room._ModelSide, "train", heavy)
+    result = bench(data, MODEL, **{**SMALL, "seconds": 6.0})
+    assert result.verdict.bottleneck == "model"
+    assert result.model.median < 8 / 0.15
+    assert result.stall.median < 0.15
+    assert result.both.median == pytest.approx(result.model.median, rel=0.35)
+
+
+def test_few_images_make_smaller_batches(data: str) -> None:
+    dataset = fastload.open(data).subset(range(5))
+    result = bench(dataset, MODEL, **{**SMALL, "seconds": 1.0})
+    assert result.settings["batch_size"] == 5
+    assert any("batches have 5, not 8" in note for note in result.notes)
+
+
+def test_per_image_steps_are_taken_out(data: str) -> None:
+    train = transforms.train(32)
+    assert without_per_image(train, 32) is None
+    assert without_per_image(with_per_image(), 32) == tuple(train)
+    whole = (transforms.PerImage(slow, size=32), transforms.Normalize())
+    assert without_per_image(whole, 32) == (transforms.Resize(32), transforms.Normalize())
+
+
+def test_a_pipeline_that_does_not_fit_the_model_is_refused(data: str) -> None:
+    with pytest.raises(UsageError, match="size=32"):
+        bench(data, MODEL, transforms=transforms.train(48), **SMALL)
+    with pytest.raises(UsageError, match="end it with Normalize"):
+        bench(data, MODEL, transforms=(transforms.RandomResizedCrop(32),), **SMALL)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rounds": 4},
+        {"batch_size": 0},
+        {"size": 0},
+        {"threads": 0},
+        {"seconds": 0.0},
+        {"seconds": float("nan")},
+    ],
+)
+def test_options_are_checked(change) -> None:
+    with pytest.raises(UsageError, match=f"got {next(iter(change.values()))}"):
+        BenchOptions(**change)
+
+
+def test_the_command_prints_table_verdict_and_json(data: str, tmp_path: Path) -> None:
+    out = tmp_path / "record.jsonl"
+    options = ["--model", MODEL, "--size", "32", "--batch-size", "8", "--seconds", "2", "--device", "cpu"]
+    done = run_cli(data, *options, "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    for words in ("loader alone", "model alone", "both together", "waiting for images", "Verdict: "):
+        assert words in done.stdout
+    assert record["bottleneck"] in ("loader", "model", "balanced")
+    assert record["verdict"].split()[0] in done.stdout
+    assert json.loads(out.read_text()) == record
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model", "resnet81"], "unknown model 'resnet81'; did you mean"),
+        (["--model", MODEL, "--device", "gpu"], "unknown device 'gpu'"),
+        (["--model", MODEL, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(data: str, arguments: list[str], words: str) -> None:
+    done = run_cli(data, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    done = run_cli(str(tmp_path / "nowhere.beton"), "--model", MODEL)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "nowhere.beton" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,284 @@
+"""The pure parts of the trainer, each against an independent oracle."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
+
+from fastload.errors import DataError, UsageError
+from fastload.train import checkpoint, metrics
+from fastload.train.config import Config, differences
+from fastload.train.ema import Ema, decay_at
+from fastload.train.files import write_atomic, write_csv, write_json
+from fastload.train.schedule import factor
+from fastload.train.split import holdout
+
+# --- options
+
+
+def test_config_goes_through_json_and_back():
+    cfg = Config(model="test_vit", lr=0.01, threads=3, flip=False)
+    assert Config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(UsageError, match=r"batchsize.*batch_size"):
+        Config.from_dict({"batchsize": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", -1), ("lr", 0.0), ("lr", float("nan")), ("lr", "1e-3"),
+        ("weight_decay", -0.1), ("label_smoothing", 1.0), ("ema", 1.0), ("amp", "fp8"), ("augment", "strong"),
+        ("metric", "auc"), ("valid_fraction", 1.0), ("valid_fraction", 0.0), ("seed", -1), ("flip", 1), ("model", ""),
+        ("clip_grad", -1.0), ("accumulate", 0), ("threads", 0), ("size", 0), ("device", 3), ("warmup_epochs", 20.0),
+    ],
+)  # fmt: skip
+def test_bad_option_is_an_error_that_ends_with_its_value(name, value):
+    with pytest.raises(UsageError) as caught:
+        Config(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_learning_rate_defaults():
+    assert Config().peak_lr == 1e-3
+    assert Config(pretrained=True).peak_lr == 2e-4
+    assert Config(optimizer="sgd").peak_lr == pytest.approx(0.05)
+    assert Config(optimizer="sgd", lr=0.3).peak_lr == 0.3
+
+
+def test_differences_ignore_what_does_not_change_the_weights():
+    old = Config(epochs=3, threads=1, device="cpu")
+    assert differences(old, Config(epochs=3, threads=2)) == {}
+    assert differences(old, Config(epochs=4, device="cpu")) == {"epochs": (3, 4)}
+
+
+# --- schedule
+
+
+@given(total=st.integers(1, 500), share=st.floats(0, 0.9))
+def test_schedule_is_torchs_linear_warm_up_and_cosine(total, share):
+    warmup = int(total * share)
+    param = torch.nn.Parameter(torch.zeros(1))
+    opt = torch.optim.SGD([param], lr=1.0)
+    parts = [torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(1, total - warmup))]
+    if warmup:
+        rise = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: (s + 1) / warmup)
+        parts = [rise, torch.optim.lr_scheduler.CosineAnnealingLR(opt, total - warmup)]
+    oracle = torch.optim.lr_scheduler.SequentialLR(opt, parts, milestones=[warmup] if warmup else [])
+    for step in range(total):
+        assert factor(step, total, warmup) == pytest.approx(opt.param_groups[0]["lr"], abs=1e-6)
+        assert factor(step, total, warmup) > 0
+        opt.step()
+        oracle.step()
+    assert factor(total, total, warmup) == 0
+
+
+# --- averaged weights
+
+
+def test_ema_averages_weights_and_copies_buffers():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    ema = Ema(model, decay=0.9)
+    oracle = {k: v.detach().clone().double() for k, v in model.named_parameters()}
+    for t in range(1, 40):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        model(torch.randn(8, 3))
+        ema.update(model, t)
+        d = min(0.9, (1 + t) / (10 + t))
+        oracle = {k: d * oracle[k] + (1 - d) * v.detach().double() for k, v in model.named_parameters()}
+    for k, v in ema.model.named_parameters():
+        torch.testing.assert_close(v.double(), oracle[k], rtol=1e-4, atol=1e-5)
+    assert torch.equal(ema.model[1].running_mean, model[1].running_mean)
+    assert torch.equal(ema.model[1].num_batches_tracked, model[1].num_batches_tracked)
+    assert not ema.model.training and model.training
+
+
+def test_ema_decay_is_warmed_up():
+    values = [decay_at(t, 0.999) for t in range(1, 20_000)]
+    assert values[0] == pytest.approx(2 / 11)
+    assert values == sorted(values) and values[-1] == 0.999
+
+
+# --- metrics
+
+
+@settings(max_examples=60)
+@given(st.integers(2, 7), st.integers(1, 60), st.integers(0, 2**32 - 1))
+def test_metrics_equal_scikit_learn(classes, n, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    probs = rng.dirichlet(np.ones(classes), n)
+    got = metrics.summary(labels, probs)
+    predicted = probs.argmax(1)
+    assert got["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert got["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    oracle = log_loss(labels, probs, labels=np.arange(classes))
+    assert got["loss"] == pytest.approx(oracle, rel=1e-6)
+    table = metrics.confusion(labels, predicted, classes)
+    assert (table == confusion_matrix(labels, predicted, labels=np.arange(classes))).all()
+
+
+def test_log_loss_of_a_certain_mistake_is_finite():
+    assert 80 < metrics.log_loss(np.array([0]), np.array([[0.0, 1.0]], dtype=np.float32)) < 100
+
+
+# --- split
+
+
+@settings(max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.floats(0.05, 0.6), st.integers(0, 1000))
+def test_stratified_split(counts, fraction, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    if max(counts) == 1:
+        with pytest.raises(DataError, match="held out"):
+            holdout(labels, fraction, seed)
+        return
+    train, valid = holdout(labels, fraction, seed)
+    assert sorted([*train, *valid]) == list(range(len(labels)))
+    for label, count in enumerate(counts):
+        held = int((labels[valid] == label).sum())
+        assert held == 0 if count == 1 else 1 <= held <= count - 1
+        assert count == 1 or abs(held - count * fraction) <= 1
+    again = holdout(labels, fraction, seed)
+    assert (again[0] == train).all() and (again[1] == valid).all()
+
+
+def test_another_seed_is_another_split():
+    labels = np.repeat([0, 1], 50)
+    assert not np.array_equal(holdout(labels, 0.2, 0)[1], holdout(labels, 0.2, 1)[1])
+
+
+@settings(max_examples=60)
+@given(st.integers(5, 60), st.integers(2, 4), st.integers(1, 7), st.integers(0, 1000))
+def test_no_group_is_on_two_sides(people, classes, most, seed):
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(people), rng.integers(1, most + 1, people))
+    labels = rng.integers(0, classes, len(groups))
+    try:
+        train, valid = holdout(labels, 0.25, seed, groups)
+    except DataError:
+        return  # no group could go without emptying a class
+    assert sorted([*train, *valid]) == list(range(len(labels)))
+    assert not set(groups[train]) & set(groups[valid])
+    assert set(labels[train]) == set(labels)
+
+
+def test_grouped_split_is_near_the_fraction_of_every_class():
+    rng = np.random.default_rng(3)
+    groups = np.repeat(np.arange(400), 7)
+    labels = (rng.permutation(400) % 6)[groups]
+    _, valid = holdout(labels, 0.2, 0, groups)
+    share = np.bincount(labels[valid]) / np.bincount(labels)
+    assert (abs(share - 0.2) < 0.02).all()
+
+
+def test_groups_that_cannot_be_divided():
+    with pytest.raises(DataError, match="--valid"):
+        holdout(np.array([0, 0, 1, 1]), 0.5, 0, np.array([0, 0, 1, 1]))
+
+
+# --- files and checkpoints
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="No space left"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def stop(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "x", stop)
+    assert os.listdir(tmp_path) == []
+
+
+def test_unwritable_places(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="cannot write"):
+        write_json(tmp_path / "file" / "a.json", {})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="cannot write"):
+        write_json(tmp_path / "folder", {})
+
+
+def test_csv_survives_commas_quotes_and_letters(tmp_path):
+    rows = [["a,b", 'say "x"'], ["ümlaut 猫", "line\nbreak"]]
+    write_csv(tmp_path / "t.csv", ["x", "y"], rows)
+    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["x", "y"], *rows]
+
+
+def test_checkpoint_round_trip(tmp_path):
+    state = {
+        "w": torch.arange(6.0).reshape(2, 3),
+        "n": [1, 2.5, None, "ä", True],
+        "t": (1, 2),
+        "d": {3: {"x": torch.ones(1)}},
+    }
+    checkpoint.save(tmp_path / "c.pt", state)
+    got = checkpoint.load(tmp_path / "c.pt")
+    assert torch.equal(got["w"], state["w"]) and got["n"] == state["n"] and got["t"] == (1, 2)
+    assert torch.equal(got["d"][3]["x"], torch.ones(1))
+
+
+def test_checkpoint_takes_no_objects(tmp_path):
+    with pytest.raises(TypeError, match="plain values"):
+        checkpoint.save(tmp_path / "c.pt", {"x": object()})
+    assert os.listdir(tmp_path) == []
+
+
+class _Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("pwned",))
+
+
+def test_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"fastload_checkpoint": 1, "x": _Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(DataError, match=r"evil\.pt"):
+        checkpoint.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "other"])
+def test_damaged_checkpoint(tmp_path, damage):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"w": torch.ones(1000)})
+    whole = path.read_bytes()
+    if damage == "other":
+        torch.save({"w": 1}, path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"hello there", "cut": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(DataError, match=r"c\.pt"):
+        checkpoint.load(path)
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(UsageError, match="no checkpoint"):
+        checkpoint.load(tmp_path / "none.pt")
