@@ -1,0 +1,7 @@
+"""Measuring: ``bench`` answers a user's question, ``vs_ffcv`` measures the project's own claims, ``harness`` keeps both fair.
+
+Only the public API of fastload is used here, so what is measured is what users get. The trade-off: stages inside the engine are
+not timed apart.
+
+>>> fastload.bench("photos.beton", "resnet18").verdict.sentence
+"""

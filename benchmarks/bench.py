@@ -21,8 +21,10 @@ import numpy as np
 
 from fastload.benchmarks import machine
 from fastload.benchmarks.harness import MIN_ROUNDS, Series, interleave, noise_notes
+from fastload.benchmarks.options import BenchOptions
+from fastload.benchmarks.side import ModelSide, make_side
 from fastload.benchmarks.verdict import Figures, Verdict, verdict
-from fastload.errors import UsageError
+from fastload.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from fastload.dataset import Dataset
@@ -32,29 +34,6 @@ if TYPE_CHECKING:
 PREFETCH = 2
 SHORT_EPOCH = 20
 PerRound = dict[str, int]
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What to measure. ``seconds`` is the budget for the measured rounds and their warm-up, a target and no limit."""
-
-    model: str = "resnet18"
-    size: int = 224
-    batch_size: int = 64
-    device: str | None = None
-    threads: int | None = None
-    seconds: float = 40.0
-    rounds: int = MIN_ROUNDS
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("size", 1), ("batch_size", 1), ("rounds", MIN_ROUNDS)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads must be at least 1, got {self.threads}")
-        if not self.seconds > 0:
-            raise UsageError(f"seconds must be above 0, got {self.seconds}")
 
 
 @dataclass(frozen=True)
@@ -143,7 +122,7 @@ def bench(
     owned = dataset is not data
     try:
         if len(dataset) == 0:
-            raise UsageError(f"there is nothing to measure: the data hold 0 images, got {data!r}")
+            raise DataError(f"there is nothing to measure: {dataset.path!r} holds no images")
         notes: list[str] = []
         if len(dataset) < options.batch_size:
             notes.append(
@@ -151,63 +130,17 @@ def bench(
             )
             options = replace(options, batch_size=len(dataset))
         pipeline = tuple(specs.train(options.size) if transforms is None else transforms)
-        side = _ModelSide(options, dataset, target)
+        side, fitting = make_side(options, dataset, target)
+        if fitting < options.batch_size:
+            notes.append(
+                f"a step of {options.batch_size} is too slow here for {options.seconds:g} s, so everything was measured "
+                f"with batches of {fitting}; --seconds {options.seconds * options.batch_size / fitting:.0f} measures full ones"
+            )
+            options = replace(options, batch_size=fitting)
         return _Bench(options, dataset, pipeline, side, notes, progress).run(started)
     finally:
         if owned:
             dataset.close()
-
-
-class _ModelSide:
-    """The trainer's step with one synthetic batch of the right shape already on the device."""
-
-    def __init__(self, options: BenchOptions, dataset: Dataset, device: Any) -> None:
-        import torch
-
-        from fastload.train import Config, make_step
-
-        self.device = device
-        self.has_labels = "label" in dataset.fields
-        self.soft = self.has_labels and dataset.fields["label"].kind == "ndarray"
-        classes = _num_classes(dataset)
-        config = Config(
-            model=options.model, size=options.size, batch_size=options.batch_size, seed=options.seed
-        )
-        self.step = make_step(config, classes, device)
-        self.amp = str(getattr(self.step, "amp", None))
-        generator = torch.Generator().manual_seed(options.seed)
-        shape = (options.batch_size, 3, options.size, options.size)
-        images = torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
-        if self.soft:
-            labels = torch.rand((options.batch_size, classes), generator=generator).round()
-        else:
-            labels = torch.randint(0, classes, (options.batch_size,), generator=generator)
-        self.images, self.labels = images.to(device), labels.to(device)
-
-    def sync(self) -> None:
-        """Wait until the device has done all that it was given."""
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
-    def train(self, images: Any, labels: Any) -> None:
-        """One step to its end: the loop waits for the device, so that a stall is never hidden in the device's queue."""
-        self.step(images, labels)
-        self.sync()
-
-
-def _num_classes(dataset: Dataset) -> int:
-    if "label" not in dataset.fields:
-        return 1000
-    label = dataset.fields["label"]
-    if label.kind == "ndarray":
-        return int(np.prod(label.shape)) or 1
-    if dataset.classes:
-        return len(dataset.classes)
-    return max(2, int(np.max(dataset.labels)) + 1)
 
 
 class _Bench:
@@ -216,7 +149,7 @@ class _Bench:
         options: BenchOptions,
         dataset: Dataset,
         pipeline: tuple[Any, ...],
-        side: _ModelSide,
+        side: ModelSide,
         notes: list[str],
         progress: bool,
     ) -> None:
@@ -312,14 +245,7 @@ class _Bench:
         seconds = 0.0
         for _ in range(3):
             clock = time.perf_counter()
-            try:
-                self.side.train(self.side.images, self.side.labels)
-            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise UsageError(
-                    f"{self.o.model!r} cannot learn from batches of {self.o.batch_size} images of {self.o.size} px "
-                    f"({reason}); change --size, --batch-size or --model"
-                ) from error
+            self.side.train(self.side.images, self.side.labels)
             seconds = time.perf_counter() - clock
             if seconds > self.o.seconds / 12:  # a slow model: more warm-up would eat the budget
                 break
@@ -364,7 +290,7 @@ class _Bench:
         with _Stream(loader) as stream:
             self._drain(stream)
             # In a long run the queue refills during a step; give it that time once, or the first step would always wait.
-            time.sleep(min(self.step_s, PREFETCH * self.batch_s))
+            time.sleep(min(self.step_s, (PREFETCH + 1) * self.batch_s))
             count, waited, start = self.steps["both"], 0.0, time.perf_counter()
             for _ in range(count):
                 clock = time.perf_counter()
@@ -404,7 +330,7 @@ class _Bench:
         epoch = len(self.dataset) // self.o.batch_size
         if epoch < SHORT_EPOCH:
             self.notes.append(
-                f"an epoch has only {epoch} batches, so the loader's figures include its restart at every epoch"
+                f"an epoch has only {epoch} batch{'es' if epoch != 1 else ''}, so the loader's figures include its restart at every epoch"
             )
         if seconds > 1.5 * self.o.seconds:
             self.notes.append(

@@ -1,6 +1,6 @@
 """What this machine is: the facts that every figure needs beside it.
 
-Standard library only, and every function answers with ``None`` or a short text instead of raising: a report about a broken
+Nothing heavy is imported, and every function answers with ``None`` or a short text instead of raising: a report about a broken
 machine must not be broken by it. The trade-off is Linux first; elsewhere some facts are unknown and said to be so.
 
 >>> machine.usable_cores()
@@ -13,13 +13,27 @@ import contextlib
 import ctypes
 import datetime
 import importlib.metadata
-import math
 import mmap
 import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from fastload.system import usable_cores
+
+__all__ = [
+    "affinity_cores",
+    "cached_share",
+    "commit",
+    "cpu_name",
+    "environment",
+    "quota_cores",
+    "ram_bytes",
+    "usable_cores",
+    "version",
+    "warm_cache",
+]
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "numba", "llvmlite", "simplejpeg", "pillow")
 
@@ -62,13 +76,6 @@ def quota_cores() -> float | None:
     if quota.strip().isdigit() and period.strip().isdigit():  # version 1 of control groups; -1 is no limit
         return int(quota) / int(period)
     return None
-
-
-def usable_cores() -> int:
-    """Cores that this process really gets: affinity, cut by the control group's quota, at least 1."""
-    quota = quota_cores()
-    cores = affinity_cores()
-    return max(1, min(cores, math.ceil(quota)) if quota else cores)
 
 
 def ram_bytes() -> int | None:

@@ -248,7 +248,9 @@ def _answer(peer: Ours | Ffcv, name: str, request: dict[str, Any]) -> dict[str, 
     cpu, clock = cpu_seconds(), time.perf_counter()
     images = peer.convert(request["source"], request["target"], request["threads"])
     seconds = time.perf_counter() - clock
-    for child in multiprocessing.active_children():  # FFCV leaves its workers unjoined, and their CPU time uncounted
+    for (
+        child
+    ) in multiprocessing.active_children():  # FFCV leaves its workers unjoined, and their CPU time uncounted
         child.join()
     return {
         "images": images,

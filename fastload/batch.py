@@ -102,7 +102,9 @@ class Buffers:
             event = torch.cuda.Event()
             event.record(self._stream)
         consumer.wait_event(event)
-        moved.record_stream(consumer)  # or the allocator could give its memory away while the consumer reads it
+        moved.record_stream(
+            consumer
+        )  # or the allocator could give its memory away while the consumer reads it
         self._uploading.append((event, array))  # the source must stay as it is until the copy is done
         return moved
 

@@ -10,6 +10,7 @@ antialiased resize still decides how the result looks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ import numpy as np
 from fastload import codecs
 from fastload.beton import EncodedImage
 from fastload.errors import DataError, UsageError
+from fastload.kernels import resize
 from fastload.sources_base import Box, Payload
 
 STORES = ("jpeg", "raw", "auto")
@@ -146,20 +148,20 @@ def store_image(payload: Payload, options: ImageOptions, box: Box | None = None)
     if final[0] * _GAP * 2 <= size[0] and final[1] * _GAP * 2 <= size[1]:
         least = (-(-height * final[0] * _GAP // size[0]), -(-width * final[1] * _GAP // size[1]))
     rgb = codecs.load_rgb(payload, min_size=least)
-    if window is not None:
-        rgb = _cut(rgb, window, height, width)
-    return _encode(rgb, final, options)
+    whole = (0, 0, height, width)
+    if least is not None and rgb.shape[:2] != (height, width):
+        return _encode(_shrink_scaled(rgb, whole if window is None else window, probe, final), options)
+    return _encode(_shrink(rgb, whole if window is None else window, final), options)
 
 
 def _from_pixels(rgb: np.ndarray, options: ImageOptions, box: Box | None) -> Stored:
     height, width = rgb.shape[:2]
-    if box is not None:
-        rgb = _cut(rgb, crop_window(box, height, width, options), height, width)
-    final = target_size(rgb.shape[0], rgb.shape[1], options)
+    window = (0, 0, height, width) if box is None else crop_window(box, height, width, options)
+    final = target_size(window[2] - window[0], window[3] - window[1], options)
     _check_sides(final)
     if options.reencode == "never" and options.store == "jpeg":
         raise DataError("reencode never cannot keep it: it is pixels, no JPEG; use auto")
-    return _encode(rgb, final, options)
+    return _encode(_shrink(rgb, window, final), options)
 
 
 def _from_encoded(image: EncodedImage, options: ImageOptions, box: Box | None) -> Stored:
@@ -173,20 +175,15 @@ def _from_encoded(image: EncodedImage, options: ImageOptions, box: Box | None) -
     return store_image(bytes(image.data), options, box)
 
 
-def _encode(rgb: np.ndarray, final: tuple[int, int], options: ImageOptions) -> Stored:
-    if rgb.shape[:2] != final:
-        rgb = codecs.resize(rgb, final)
-    raw_bytes = final[0] * final[1] * 3
-    if (
-        options.store == "raw"
-        or options.reencode == "never"
-        or (options.store == "auto" and raw_bytes <= _SMALL_RAW)
-    ):
+def _encode(rgb: np.ndarray, options: ImageOptions) -> Stored:
+    height, width = rgb.shape[:2]
+    small = options.store == "auto" and rgb.nbytes <= _SMALL_RAW
+    if options.store == "raw" or options.reencode == "never" or small:
         return _raw(rgb)
     data = codecs.encode_jpeg(rgb, options.quality)
-    if options.store == "auto" and _raw_is_better(final, len(data)):
+    if options.store == "auto" and _raw_is_better((height, width), len(data)):
         return _raw(rgb)
-    return Stored(EncodedImage("jpeg", final[0], final[1], data), "encoded")
+    return Stored(EncodedImage("jpeg", height, width, data), "encoded")
 
 
 def _raw_is_better(size: tuple[int, int], jpeg_bytes: int) -> bool:
@@ -197,13 +194,34 @@ def _raw(rgb: np.ndarray) -> Stored:
     return Stored(EncodedImage("raw", rgb.shape[0], rgb.shape[1], np.ascontiguousarray(rgb)), "raw")
 
 
-def _cut(rgb: np.ndarray, window: tuple[int, int, int, int], height: int, width: int) -> np.ndarray:
-    """The window, given in pixels of the (height, width) image, of its decode, which may be scaled down."""
+def _shrink(rgb: np.ndarray, window: tuple[int, int, int, int], final: tuple[int, int]) -> np.ndarray:
+    """The window (top, left, bottom, right) of (H, W, 3) pixels in its final size."""
     top, left, bottom, right = window
-    down, across = rgb.shape[0] / height, rgb.shape[1] / width
-    top, left = int(top * down), int(left * across)
-    bottom, right = max(top + 1, round(bottom * down)), max(left + 1, round(right * across))
-    return np.ascontiguousarray(rgb[top:bottom, left:right])
+    cut = np.ascontiguousarray(rgb[top:bottom, left:right])
+    return cut if cut.shape[:2] == final else codecs.resize(cut, final)
+
+
+def _shrink_scaled(
+    rgb: np.ndarray, window: tuple[int, int, int, int], probe: codecs.Probe, final: tuple[int, int]
+) -> np.ndarray:
+    """The same of a decode at n/8 (the factors that JPEG decoders know), with the window in pixels of the full size.
+
+    Sides are rounded up when decoding, so the last pixel may stand for less than the others: the window has fractions here. Turning
+    the image may have made the last pixel the first.
+    """
+    height, width = rgb.shape[:2]
+    eighths = next(
+        n for n in range(1, 9) if (-(-probe.height * n // 8), -(-probe.width * n // 8)) == (height, width)
+    )
+    scale = eighths / 8
+    down = height - probe.height * scale if probe.orientation in (3, 4, 7, 8) else 0.0
+    across = width - probe.width * scale if probe.orientation in (2, 3, 6, 7) else 0.0
+    top, left, bottom, right = (edge * scale for edge in window)
+    box = (top + down, left + across, bottom + down, right + across)
+    clip = (math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3]))
+    out = np.empty((*final, 3), np.uint8)
+    resize.resize(rgb, box, clip, out)
+    return out
 
 
 def _check_sides(size: tuple[int, int]) -> None:

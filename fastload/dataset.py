@@ -147,10 +147,14 @@ class Dataset(Sequence[dict[str, Any]]):
         chosen = np.asarray(indices)
         if chosen.dtype == bool:
             if chosen.shape != (len(self),):
-                raise UsageError(f"a mask needs one entry for each of {len(self)} samples, got shape {chosen.shape}")
+                raise UsageError(
+                    f"a mask needs one entry for each of {len(self)} samples, got shape {chosen.shape}"
+                )
             chosen = np.flatnonzero(chosen)
         if chosen.size and chosen.dtype.kind not in "iu" or chosen.ndim != 1:
-            raise UsageError(f"indices must be a list of integers, got {chosen.dtype} of shape {chosen.shape}")
+            raise UsageError(
+                f"indices must be a list of integers, got {chosen.dtype} of shape {chosen.shape}"
+            )
         chosen = chosen.astype(np.int64)
         size = len(self)
         if chosen.size and not (-size <= chosen.min() and chosen.max() < size):
@@ -165,7 +169,9 @@ class Dataset(Sequence[dict[str, Any]]):
         names = [name for name, field in self.fields.items() if field.kind == "image"]
         if "image" in names or len(names) == 1:
             return "image" if "image" in names else names[0]
-        raise DataError(f"{self.path} has {len(names)} image fields ({', '.join(names)}) and none is called 'image'")
+        raise DataError(
+            f"{self.path} has {len(names)} image fields ({', '.join(names)}) and none is called 'image'"
+        )
 
     def gather(self, name: str, bases: np.ndarray) -> np.ndarray:
         """Values of an int, float or ndarray field at base indices (B,); for an image field, its rows."""
@@ -334,7 +340,12 @@ def verify(dataset: Dataset | str | os.PathLike[str], progress: bool = False) ->
                     has |= has_checksums
                     if reason is not None:
                         bad.append(
-                            {"index": index, "id": ds.ids[index], "source": ds.sources[index], "reason": reason}
+                            {
+                                "index": index,
+                                "id": ds.ids[index],
+                                "source": ds.sources[index],
+                                "reason": reason,
+                            }
                         )
                     bar.update()
     return Verification(len(ds), has, bad)

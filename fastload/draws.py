@@ -124,7 +124,9 @@ class Plan:
         if sum(isinstance(s, T.Normalize) for s in self.specs) > 1:
             raise UsageError("at most one Normalize")
         if self.whole_image and self.per_image[0].size is None:
-            raise UsageError("a PerImage in front gets images of any size: say which one it returns, PerImage(fn, size=...)")
+            raise UsageError(
+                "a PerImage in front gets images of any size: say which one it returns, PerImage(fn, size=...)"
+            )
 
     def _output_size(self) -> tuple[int, int] | None:
         if not self.geometry:
@@ -183,7 +185,9 @@ class Plan:
         last: Any = self.geometry[-1]
         out_h, out_w = last.size
         if isinstance(first, T.RandomResizedCrop):
-            crops = _resized_crops(first, self._uniforms(first, seed, epoch, samples, 4 * _ATTEMPTS), heights, widths)
+            crops = _resized_crops(
+                first, self._uniforms(first, seed, epoch, samples, 4 * _ATTEMPTS), heights, widths
+            )
             return crops.astype(np.float64), crops, np.tile(np.array([0, 0, out_h, out_w]), (count, 1))
         if isinstance(first, T.Resize):
             if isinstance(first.size, int):
@@ -207,7 +211,8 @@ class Plan:
         w = np.minimum(out_w, new_w - left) - x
         scale_y, scale_x = heights / new_h, widths / new_w
         box = np.stack(
-            [(top + y) * scale_y, (left + x) * scale_x, (top + y + h) * scale_y, (left + x + w) * scale_x], axis=1
+            [(top + y) * scale_y, (left + x) * scale_x, (top + y + h) * scale_y, (left + x + w) * scale_x],
+            axis=1,
         )
         return box, whole, np.stack([y, x, h, w], axis=1)
 
@@ -270,7 +275,9 @@ class Plan:
         return weights.astype(np.float32), boxes
 
 
-def _resized_crops(spec: T.RandomResizedCrop, u: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+def _resized_crops(
+    spec: T.RandomResizedCrop, u: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
     """(B, 4) int64 y0, x0, y1, x1: the first of ten attempts that fits, else the largest central crop in ratio."""
     count = len(heights)
     u = u.reshape(count, _ATTEMPTS, 4)

@@ -36,7 +36,12 @@ __all__ = ["Batch", "Loader", "Replaced"]
 _STREAM_REPLACE = 0xFC00
 _ATTEMPTS = 10
 _SLICES_PER_THREAD = 3  # small enough that one large image does not hold a batch
-_DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "uint8": torch.uint8,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,14 @@ class Loader:
         self._replace = on_error == "replace"
         if engine != "cpu":
             if engine in ("cuda", "dali"):
-                raise UsageError(f"engine {engine!r} is not part of this release; use engine='cpu' with device='cuda'")
+                raise UsageError(
+                    f"engine {engine!r} is not part of this release; use engine='cpu' with device='cuda'"
+                )
             raise unknown("engine", engine, ["cpu"])
         if not len(self.dataset):
-            raise DataError(f"{self.dataset.path} has no samples to load (after indices); nothing to iterate over")
+            raise DataError(
+                f"{self.dataset.path} has no samples to load (after indices); nothing to iterate over"
+            )
         self.plan = Plan(transforms)
         if self.plan.size is None:
             check_uniform(self.dataset.heights, self.dataset.widths)
@@ -316,7 +325,9 @@ class Loader:
             job.bases[row] = other
             replaced = Replaced(base, error.id or "", error.source or "", error.reason, other)
             if not self.errors:
-                warnings.warn(f"{error}; another sample takes its place (all are listed in loader.errors)", stacklevel=2)
+                warnings.warn(
+                    f"{error}; another sample takes its place (all are listed in loader.errors)", stacklevel=2
+                )
             self.errors.append(replaced)
             return
         raise error
@@ -379,7 +390,9 @@ class Loader:
         labels = self.dataset.gather("label", job.bases)
         if labels.ndim == 1:
             if labels.min(initial=0) < 0 or labels.max(initial=0) >= self._classes:
-                raise DataError(f"mixing needs labels from 0 to {self._classes - 1}, got {labels.min()} to {labels.max()}")
+                raise DataError(
+                    f"mixing needs labels from 0 to {self._classes - 1}, got {labels.min()} to {labels.max()}"
+                )
             soft = np.zeros((len(labels), self._classes), np.float32)
             soft[np.arange(len(labels)), labels] = 1.0
         else:
@@ -393,7 +406,9 @@ class Loader:
     def _class_labels(self) -> np.ndarray:
         labels = self.dataset.labels
         if labels.ndim != 1:
-            raise UsageError("weights='balanced' needs one label a sample; give numbers for a multi-label file")
+            raise UsageError(
+                "weights='balanced' needs one label a sample; give numbers for a multi-label file"
+            )
         return labels
 
     def _count_classes(self) -> int:
@@ -411,7 +426,9 @@ class Loader:
             if name not in known:
                 raise unknown("field", name, known)
             if name in self.dataset.fields and self.dataset.fields[name].kind == "image" and name != image:
-                raise UsageError(f"a loader decodes one image field ({image!r}), and fields asks for {name!r} too")
+                raise UsageError(
+                    f"a loader decodes one image field ({image!r}), and fields asks for {name!r} too"
+                )
         if not fields or len(set(fields)) != len(fields):
             raise UsageError(f"fields must name each field once, got {list(fields)!r}")
         return tuple(fields)
@@ -423,7 +440,9 @@ class Loader:
         if chosen is None:
             raise unknown("dtype", dtype, _DTYPES)
         if chosen == torch.uint8 and self.plan.normalize is not None:
-            raise UsageError("uint8 cannot hold normalised pixels: leave Normalize out, or ask for a float dtype")
+            raise UsageError(
+                "uint8 cannot hold normalised pixels: leave Normalize out, or ask for a float dtype"
+            )
         return chosen
 
 
@@ -431,7 +450,13 @@ class _Job:
     """A batch in the making."""
 
     def __init__(
-        self, epoch: int, stop: int, bases: np.ndarray, table: Table, images: np.ndarray, floats: np.ndarray | None
+        self,
+        epoch: int,
+        stop: int,
+        bases: np.ndarray,
+        table: Table,
+        images: np.ndarray,
+        floats: np.ndarray | None,
     ) -> None:
         self.epoch, self.stop, self.bases, self.table = epoch, stop, bases, table
         self.images, self.floats = images, floats

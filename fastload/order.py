@@ -37,13 +37,17 @@ class Order:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise UsageError(f"rank must be from 0 to world_size - 1, got rank {self.rank} of {self.world_size}")
+            raise UsageError(
+                f"rank must be from 0 to world_size - 1, got rank {self.rank} of {self.world_size}"
+            )
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed must be from 0 to 2**64 - 1, got {self.seed}")
         if self.weights is not None:
             weights = np.asarray(self.weights, np.float64)
             if weights.shape != (self.length,):
-                raise UsageError(f"weights need one entry for each of {self.length} samples, got {weights.shape}")
+                raise UsageError(
+                    f"weights need one entry for each of {self.length} samples, got {weights.shape}"
+                )
             if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
                 raise UsageError("weights must be finite, none negative, and not all zero")
             object.__setattr__(self, "_cumulative", np.cumsum(weights))
@@ -57,7 +61,9 @@ class Order:
     def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Samples at positions [start, stop) of this rank, (stop - start,) int64 below ``length``."""
         stop = min(stop, len(self))
-        places = np.arange(start, max(stop, start), dtype=np.uint64) * np.uint64(self.world_size) + np.uint64(self.rank)
+        places = np.arange(start, max(stop, start), dtype=np.uint64) * np.uint64(self.world_size) + np.uint64(
+            self.rank
+        )
         if self._cumulative is not None:
             u = rng.uniforms(self.seed, epoch, places, STREAM_WEIGHTED, 2)
             # Two words make 64 random bits: 32 would be coarse for millions of samples.

@@ -35,7 +35,9 @@ def _size(spec: Any, value: Any) -> tuple[int, int]:
     except (TypeError, ValueError):
         height = width = 0
     if not (0 < height < 65536 and 0 < width < 65536):
-        raise UsageError(f"{type(spec).__name__}: size must be one or two (height, width) integers, got {value!r}")
+        raise UsageError(
+            f"{type(spec).__name__}: size must be one or two (height, width) integers, got {value!r}"
+        )
     return height, width
 
 
@@ -115,7 +117,9 @@ class RandomCrop:
 def _colour(spec: Any, value: Any) -> tuple[int, int, int]:
     triple = (value,) * 3 if isinstance(value, int) else tuple(value)
     if len(triple) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in triple):
-        raise UsageError(f"{type(spec).__name__}: a colour is one or three integers from 0 to 255, got {value!r}")
+        raise UsageError(
+            f"{type(spec).__name__}: a colour is one or three integers from 0 to 255, got {value!r}"
+        )
     return triple
 
 
@@ -249,8 +253,14 @@ class Normalize:
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             value = tuple(float(v) for v in getattr(self, name))
-            if len(value) != 3 or not all(math.isfinite(v) for v in value) or (name == "std" and min(value) <= 0):
-                raise UsageError(f"Normalize: {name} must be three finite numbers (std above 0), got {value!r}")
+            if (
+                len(value) != 3
+                or not all(math.isfinite(v) for v in value)
+                or (name == "std" and min(value) <= 0)
+            ):
+                raise UsageError(
+                    f"Normalize: {name} must be three finite numbers (std above 0), got {value!r}"
+                )
             _set(self, name, value)
 
 

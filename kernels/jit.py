@@ -64,5 +64,7 @@ def cache_folder() -> CacheFolder:
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile ``function`` when it is first called; it runs without the GIL."""
-    compiled: Callable[..., Any] = numba.njit(nogil=True, cache=cache_folder().writable, error_model="numpy")(function)
+    compiled: Callable[..., Any] = numba.njit(nogil=True, cache=cache_folder().writable, error_model="numpy")(
+        function
+    )
     return compiled

@@ -88,7 +88,12 @@ def parse_into(data, info):
             info[JFIF] = 1
         elif marker == 0xEE and length >= 14 and data[body] == 65 and data[body + 1] == 100:
             info[ADOBE] = data[body + 11]
-        elif marker == INDEX_MARKER and at == 2 and length >= 2 + _NAME.size and (length - 2 - _NAME.size) % 2 == 0:
+        elif (
+            marker == INDEX_MARKER
+            and at == 2
+            and length >= 2 + _NAME.size
+            and (length - 2 - _NAME.size) % 2 == 0
+        ):
             same = True
             for i in range(_NAME.size):
                 same &= data[body + i] == _NAME[i]

@@ -79,7 +79,14 @@ def _tables(data, info, fast, most, first, offset, codes, sizes, symbols, presen
                     return BAD_TABLE
                 symbols[t, :total] = data[p + 17 : p + 17 + total]
                 if not _build(
-                    data[p + 1 : p + 17], symbols[t], fast[t], most[t], first[t], offset[t], codes[t], sizes[t]
+                    data[p + 1 : p + 17],
+                    symbols[t],
+                    fast[t],
+                    most[t],
+                    first[t],
+                    offset[t],
+                    codes[t],
+                    sizes[t],
                 ):
                     return BAD_TABLE
                 present[t] = 1
@@ -104,7 +111,11 @@ def add_restarts(data, info, interval, out, lengths, result):
     if info[jpeg.SUCCESSIVE] != 63 << 8:
         return UNSUPPORTED
     fast = np.zeros((8, 1 << _FAST), np.int32)
-    most, first, offset = np.zeros((8, 17), np.int64), np.zeros((8, 17), np.int64), np.zeros((8, 17), np.int64)
+    most, first, offset = (
+        np.zeros((8, 17), np.int64),
+        np.zeros((8, 17), np.int64),
+        np.zeros((8, 17), np.int64),
+    )
     codes, sizes = np.zeros((8, 256), np.int64), np.zeros((8, 256), np.int64)
     symbols, present = np.zeros((8, 256), np.uint8), np.zeros(8, np.uint8)
     status = _tables(data, info, fast, most, first, offset, codes, sizes, symbols, present)
@@ -112,7 +123,11 @@ def add_restarts(data, info, interval, out, lengths, result):
         return status
     # Which component and tables each block of an MCU belongs to.
     blocks = info[jpeg.BLOCKS]
-    component, dc_table, ac_table = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
+    component, dc_table, ac_table = (
+        np.zeros(blocks, np.int64),
+        np.zeros(blocks, np.int64),
+        np.zeros(blocks, np.int64),
+    )
     scan = info[jpeg.SCAN_HEADER_AT] + 5
     b = 0
     replace = np.int64(0)
@@ -219,7 +234,9 @@ def add_restarts(data, info, interval, out, lengths, result):
                     if difference < 0:
                         difference += (1 << size) - 1
                     length = write_sizes[dc_table[b], size]
-                    word = (np.uint64(write_codes[dc_table[b], size]) << np.uint64(size)) | np.uint64(difference)
+                    word = (np.uint64(write_codes[dc_table[b], size]) << np.uint64(size)) | np.uint64(
+                        difference
+                    )
                     width = length + size
                     k = 1
                 else:
@@ -270,5 +287,7 @@ def _finish(out, to, acc, held):
 
 def standard_dc_segment(mask: int) -> bytes:
     """A DHT segment that redefines the DC tables whose ids are set in ``mask`` as the standard table."""
-    tables = b"".join(bytes([t]) + _STANDARD_DC.tobytes() + bytes(range(12)) for t in range(4) if mask >> t & 1)
+    tables = b"".join(
+        bytes([t]) + _STANDARD_DC.tobytes() + bytes(range(12)) for t in range(4) if mask >> t & 1
+    )
     return b"\xff\xc4" + (2 + len(tables)).to_bytes(2, "big") + tables

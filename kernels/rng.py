@@ -67,7 +67,12 @@ def _permute(positions, length, seed, epoch, out):
             for turn in range(_FEISTEL_ROUNDS):
                 # 0xFFFF is the stream of permutations; no augmentation uses it.
                 word = philox(
-                    right & _LOW, right >> _SHIFT, epoch & _LOW, np.uint64(0xFFFF0000) | np.uint64(turn), k0, k1
+                    right & _LOW,
+                    right >> _SHIFT,
+                    epoch & _LOW,
+                    np.uint64(0xFFFF0000) | np.uint64(turn),
+                    k0,
+                    k1,
                 )
                 left, right = right, left ^ (word[0] & mask)
             value = (left << half) | right
@@ -85,6 +90,10 @@ def permute(positions: np.ndarray, length: int, seed: int, epoch: int) -> np.nda
     out = np.empty(len(positions), np.uint64)
     if length > 0:
         _permute(
-            np.ascontiguousarray(positions, np.uint64), np.uint64(length), np.uint64(seed), np.uint64(epoch), out
+            np.ascontiguousarray(positions, np.uint64),
+            np.uint64(length),
+            np.uint64(seed),
+            np.uint64(epoch),
+            out,
         )
     return out

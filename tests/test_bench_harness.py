@@ -127,13 +127,6 @@ def test_environment_says_machine_versions_and_page_cache(tmp_path) -> None:
         assert record["page_cache"] == "100% of the file"
 
 
-def test_cores_are_cut_by_affinity_and_quota(monkeypatch) -> None:
-    monkeypatch.setattr(machine, "affinity_cores", lambda: 8)
-    for quota, cores in ((None, 8), (1.5, 2), (0.2, 1), (64.0, 8)):
-        monkeypatch.setattr(machine, "quota_cores", lambda quota=quota: quota)
-        assert machine.usable_cores() == cores
-
-
 def test_quota_is_read_from_both_versions_of_control_groups(monkeypatch) -> None:
     files = {"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/job/cpu.max": "150000 100000\n"}
     monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))

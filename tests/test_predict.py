@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     labels = [0, 1, 2] * 12
     data = write(folder / "train.beton", pictures(labels), labels)
     cfg = Config(
-        model="test_resnet", epochs=5, size=32, batch_size=8, lr=3e-3, augment="light", ema=0.9, device="cpu", threads=1
+        model="test_resnet", epochs=8, size=32, batch_size=8, lr=3e-3, augment="light", ema=0.5, device="cpu", threads=1
     )  # fmt: skip
     return Trainer(cfg).fit(data, out=folder / "run", progress=False)
 

@@ -40,7 +40,7 @@ def infer(
             total=total, desc=label, unit="img", leave=False, disable=not progress, mininterval=0.5
         ) as bar:
             for batch in loader:
-                images = batch.image.to(device, non_blocking=True, memory_format=layout)
+                images = batch[0].to(device, non_blocking=True, memory_format=layout)
                 with autocast(device, amp):
                     logits = model(images)
                 parts.append(logits.float().softmax(dim=1))

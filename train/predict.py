@@ -86,7 +86,7 @@ def predict(
     start = time.perf_counter()
     loader = Loader(
         images, batch_size, transforms=eval_pipeline(cfg, loaded.mean, loaded.std), threads=threads,
-        fields=["image"], device=where,
+        fields=[images.image_field], device=where,
     )  # fmt: skip
     try:
         probs = infer(loaded.model, loader, loaded.device, total=len(images), amp=amp, progress=progress)

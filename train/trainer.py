@@ -202,11 +202,11 @@ def _learn(step: Step, feed: Loader, epoch: int, epochs: int, progress: bool) ->
     with tqdm(
         total=feed.num_samples, desc=label, unit="img", leave=False, disable=not progress, mininterval=0.5
     ) as bar:
-        for batch in feed:
-            loss = step(batch.image, batch.label)
-            total += loss * len(batch.image)
-            images += len(batch.image)
-            bar.update(len(batch.image))
+        for pixels, labels in feed:
+            loss = step(pixels, labels)
+            total += loss * len(pixels)
+            images += len(pixels)
+            bar.update(len(pixels))
             now = time.perf_counter()
             if now - looked > LOOK_EVERY_S:
                 looked = now

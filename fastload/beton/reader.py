@@ -150,7 +150,9 @@ class Reader:
     def span(self, ptr: int, size: int) -> np.ndarray:
         """``size`` bytes at ``ptr`` as a (size,) uint8 view; CorruptError if they are not all inside of the file."""
         if ptr < layout.HEADER.itemsize or size < 0 or ptr + size > self._table_at:
-            raise CorruptError(f"it should lie at bytes {ptr:,} to {ptr + size:,}, outside of the file's data")
+            raise CorruptError(
+                f"it should lie at bytes {ptr:,} to {ptr + size:,}, outside of the file's data"
+            )
         return self._bytes[ptr : ptr + size]
 
     def allocated(self, index: int, name: str, ptr: int) -> int:
@@ -225,7 +227,9 @@ class Reader:
         """The ids or sources (``what``) of the samples, read when asked for; numbers as text where there are none."""
         if f"{what}_ends" not in self._sections:
             return _Numbers(self.num_samples) if what == "id" else self.strings("id")
-        return _Strings(self._sections[f"{what}_ends"].view("<u8"), self._sections[f"{what}_text"], self.num_samples)
+        return _Strings(
+            self._sections[f"{what}_ends"].view("<u8"), self._sections[f"{what}_text"], self.num_samples
+        )
 
 
 class _Numbers(Sequence[str]):

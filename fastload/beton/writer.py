@@ -46,9 +46,13 @@ class Writer:
         self.path = os.fspath(path)
         self.fields = list(fields)
         if not self.fields or len({f.name for f in self.fields}) != len(self.fields):
-            raise UsageError(f"a file needs one or more fields, each with its own name, got {[f.name for f in fields]}")
+            raise UsageError(
+                f"a file needs one or more fields, each with its own name, got {[f.name for f in fields]}"
+            )
         if len(self.fields) > 512 or capacity < 0:
-            raise UsageError(f"at most 512 fields and a capacity of 0 or more, got {len(self.fields)}, {capacity}")
+            raise UsageError(
+                f"at most 512 fields and a capacity of 0 or more, got {len(self.fields)}, {capacity}"
+            )
         self.capacity = capacity
         self.count = 0
         self.skipped: list[dict[str, Any]] = []
@@ -98,7 +102,12 @@ class Writer:
             size = memoryview(blob).nbytes
             if field.kind == "image":
                 image: EncodedImage = values[field.name]
-                row[name] = (layout.RAW if image.mode == "raw" else layout.JPEG, image.width, image.height, at)
+                row[name] = (
+                    layout.RAW if image.mode == "raw" else layout.JPEG,
+                    image.width,
+                    image.height,
+                    at,
+                )
             elif field.kind == "ndarray":
                 row[name] = at
             else:
@@ -183,7 +192,9 @@ class Writer:
         while size > self._page:
             self._page *= 2
             if self._page > layout.MAX_PAGE:
-                raise DataError(f"a sample of {size:,} bytes is larger than the format's largest page (2 GiB)")
+                raise DataError(
+                    f"a sample of {size:,} bytes is larger than the format's largest page (2 GiB)"
+                )
         # What fits into a small page fits into the larger one around it, so growing keeps all earlier places right.
         if self._offset // self._page != (self._offset + size - 1) // self._page:
             return _align(self._offset, self._page)
@@ -220,7 +231,9 @@ class Writer:
             file = open(self._partial, "wb", buffering=1 << 20)
             journal = open(self._journal_path, "wb", buffering=1 << 16)
         except PermissionError as error:
-            raise UsageError(f"cannot write {self.path}: {error.strerror}; choose a folder that is yours") from error
+            raise UsageError(
+                f"cannot write {self.path}: {error.strerror}; choose a folder that is yours"
+            ) from error
         file.truncate(self._offset)
         file.seek(self._offset)
         journal.write(_RECORD.pack(len(self._head), zlib.crc32(self._head)) + self._head)

@@ -70,7 +70,12 @@ class Engine:
             source, origin, factor = self._decode_window(image, box, clip, height, width)
         shift = (*origin, *origin)
         box = [(b - o) / factor for b, o in zip(box, shift)]
-        if factor == 1 and box[2] - box[0] == height and box[3] - box[1] == width and box[0] % 1 == box[1] % 1 == 0:
+        if (
+            factor == 1
+            and box[2] - box[0] == height
+            and box[3] - box[1] == width
+            and box[0] % 1 == box[1] % 1 == 0
+        ):
             resize.copy_window(source, int(box[0]), int(box[1]), out, flips)
             return
         limits = (*source.shape[:2], *source.shape[:2])
@@ -112,7 +117,9 @@ class Engine:
         memory = self._scratch("pixels", least[0] * least[1] * 4)
         decoded = codecs.decode_rgbx(data, least if factor > 1 else (0, 0), self._exact, memory)
         if decoded.shape[:2] != least:
-            raise CorruptError(f"its JPEG decodes to {decoded.shape[0]} x {decoded.shape[1]}, not {least[0]} x {least[1]}")
+            raise CorruptError(
+                f"its JPEG decodes to {decoded.shape[0]} x {decoded.shape[1]}, not {least[0]} x {least[1]}"
+            )
         return decoded, (y, x), factor
 
     def _decode_whole(self, image: EncodedImage) -> np.ndarray:
@@ -130,7 +137,9 @@ class Engine:
             setattr(self._local, name, memory)
         return memory
 
-    def _call(self, spec: Any, image: np.ndarray, table: Table, row: int, shape: tuple[int, ...]) -> np.ndarray:
+    def _call(
+        self, spec: Any, image: np.ndarray, table: Table, row: int, shape: tuple[int, ...]
+    ) -> np.ndarray:
         assert table.keys is not None  # drawn whenever the plan has a PerImage
         functions = getattr(self._local, "functions", None)
         if functions is None:
@@ -139,7 +148,9 @@ class Engine:
             functions[id(spec)] = adapt(spec.fn, spec.seeded)
         result = functions[id(spec)](image, table.keys[row])
         if not isinstance(result, np.ndarray) or result.dtype != np.uint8 or result.shape != shape:
-            got = f"{result.dtype} {result.shape}" if isinstance(result, np.ndarray) else type(result).__name__
+            got = (
+                f"{result.dtype} {result.shape}" if isinstance(result, np.ndarray) else type(result).__name__
+            )
             raise UsageError(
                 f"PerImage must return uint8 of shape {shape}, got {got}; leave conversion and normalising to "
                 "transforms.Normalize"
@@ -164,7 +175,9 @@ def adapt(fn: Any, seeded: bool) -> Any:
 
         def run_torchvision(image: np.ndarray, key: np.ndarray) -> Any:
             result = fn(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
-            return result.numpy().transpose(1, 2, 0) if isinstance(result, torch.Tensor) else np.asarray(result)
+            return (
+                result.numpy().transpose(1, 2, 0) if isinstance(result, torch.Tensor) else np.asarray(result)
+            )
 
         return run_torchvision
     if seeded:
