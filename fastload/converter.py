@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -167,12 +166,13 @@ def convert(src: Any, dst: str | os.PathLike[str], **options: Any) -> ConvertRep
     _check_target(path, src, opts)
     source = open_source(src, opts.source)
     try:
-        return _run(source, path, opts, started)
+        return convert_source(source, path, opts, started)
     finally:
         source.close()
 
 
-def _run(source: Source, path: str, opts: ConvertOptions, started: float) -> ConvertReport:
+def convert_source(source: Source, path: str, opts: ConvertOptions, started: float) -> ConvertReport:
+    """Convert a source that is open already; ``started`` (``time.perf_counter()``) is when the work began."""
     chosen = _chosen(source, opts)
     if opts.on_error == "raise":
         for i in chosen if source.errors else ():
@@ -235,25 +235,18 @@ def _results(
     source: Source, chosen: Sequence[int], opts: ConvertOptions
 ) -> Generator[tuple[Sample, Stored | Exception], None, None]:
     """(sample, stored image or what went wrong) in source order, worked out by threads that run a bounded distance ahead."""
-    ready, lock = [0], threading.Lock()
 
     def work(samples: list[Sample]) -> list[Stored | Exception]:
-        results = [_attempt(sample, opts.image) for sample in samples]
-        with lock:
-            ready[0] += _waiting(results)
-        return results
+        return [_attempt(sample, opts.image) for sample in samples]
 
     pool = ThreadPoolExecutor(opts.threads, thread_name_prefix="fastload-convert")
     window: deque[tuple[list[Sample], Future[list[Stored | Exception]]]] = deque()
     tasks = _tasks(source, chosen)
+    ahead, largest = opts.threads, 0
     try:
         more = True
         while more or window:
-            while (
-                more
-                and len(window) < opts.threads * _TASKS_PER_WORKER
-                and (not window or ready[0] < _READY_BYTES)
-            ):
+            while more and len(window) < ahead:
                 samples = next(tasks, None)
                 if samples is None:
                     more = False
@@ -262,8 +255,11 @@ def _results(
             if window:
                 samples, future = window.popleft()
                 results = future.result()
-                with lock:
-                    ready[0] -= _waiting(results)
+                # Every task ahead may be finished and wait for a slow first one: as many as fit into memory then.
+                largest = max(
+                    largest, 1, sum(memoryview(r.image.data).nbytes for r in results if isinstance(r, Stored))
+                )
+                ahead = min(max(opts.threads, _READY_BYTES // largest), opts.threads * _TASKS_PER_WORKER)
                 yield from zip(samples, results)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -294,10 +290,6 @@ def _attempt(sample: Sample, options: ImageOptions) -> Stored | Exception:
         return store_image(sample.load(), options, sample.box)
     except (DataError, OSError) as error:
         return error
-
-
-def _waiting(results: Sequence[Stored | Exception]) -> int:
-    return sum(memoryview(r.image.data).nbytes for r in results if isinstance(r, Stored))
 
 
 def _reason(error: Exception) -> str:

@@ -151,7 +151,7 @@ class Dataset(Sequence[dict[str, Any]]):
                     f"a mask needs one entry for each of {len(self)} samples, got shape {chosen.shape}"
                 )
             chosen = np.flatnonzero(chosen)
-        if chosen.size and chosen.dtype.kind not in "iu" or chosen.ndim != 1:
+        if (chosen.size and chosen.dtype.kind not in "iu") or chosen.ndim != 1:
             raise UsageError(
                 f"indices must be a list of integers, got {chosen.dtype} of shape {chosen.shape}"
             )

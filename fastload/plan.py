@@ -13,13 +13,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from fastload.converter import ConvertOptions, ConvertReport, convert, estimate, make_options
-from fastload.errors import DataError, UsageError
+from fastload.converter import ConvertOptions, ConvertReport, convert_source, estimate, make_options
+from fastload.errors import UsageError
 from fastload.sources import open_source
 
 _SIZES = (None, 500, 256)
@@ -83,54 +83,34 @@ def plan(src: Any, *, sample: int = 200, sizes: Sequence[int | None] = _SIZES, *
         raise UsageError("a plan compares sizes, which reencode never rules out; leave it out, got 'never'")
     if opts.image.max_side is not None and opts.image.max_side not in sizes:
         sizes = [*sizes, opts.image.max_side]
+    folder = tempfile.mkdtemp(prefix="fastload-plan-")
     source = open_source(src, opts.source)
     try:
         total = len(source) if opts.limit is None else min(opts.limit, len(source))
-    finally:
-        source.close()
-    step = max(1, total // sample)
-    indices = list(range(0, total, step))[:sample]
-    base = {
-        **options,
-        "limit": None,
-        "indices": indices,
-        "on_error": "skip",
-        "progress": False,
-        "resume": False,
-    }
-    rows = []
-    folder = tempfile.mkdtemp(prefix="fastload-plan-")
-    ways = [(store, side) for store in ("jpeg", "raw") for side in sizes]
-    written = 0
-    try:
-        _warm(src, folder, base, indices)
-        for store, side in tqdm(ways, desc="plan", unit="way", disable=not opts.progress, delay=1):
+        indices = list(range(0, total, max(1, total // sample)))[:sample]
+        base = replace(opts, indices=indices, limit=None, on_error="skip", progress=False, resume=False)
+
+        def make(store: str, side: int | None) -> tuple[str, ConvertReport]:
             path = os.path.join(folder, f"{store}-{side}.beton")
-            report = convert(src, path, **{**base, "store": store, "max_side": side})
+            way = replace(base, image=replace(opts.image, store=store, max_side=side))
+            # Listed once for all: it takes the time of the whole set, which must not be scaled up with the sample's.
+            return path, convert_source(source, path, way, time.perf_counter())
+
+        make(
+            "jpeg", 64
+        )  # compiles or loads the kernels and reads the files, so that the first row is like the others
+        rows, written = [], 0
+        ways = [(store, side) for store in ("jpeg", "raw") for side in sizes]
+        for store, side in tqdm(ways, desc="plan", unit="way", disable=not opts.progress, delay=1):
+            path, report = make(store, side)
             written = report.written
-            size, seconds = _scaled(report, total)
+            size, seconds = estimate(report, total)
             rows.append(PlanRow(store, side, size, seconds, _measure(path, opts)))
             os.unlink(path)
+        return Plan(total, written, opts.threads, _memory(), rows)
     finally:
+        source.close()
         shutil.rmtree(folder, ignore_errors=True)
-    return Plan(total, written, opts.threads, _memory(), rows)
-
-
-def _warm(src: Any, folder: str, base: dict[str, Any], indices: list[int]) -> None:
-    """Compile or load the kernels and read the sample's files once, so that the first row is measured like the others."""
-    convert(
-        src,
-        os.path.join(folder, "warm.beton"),
-        **{**base, "store": "jpeg", "max_side": 64, "indices": indices},
-    )
-
-
-def _scaled(report: ConvertReport, total: int) -> tuple[float, float]:
-    if not report.written:
-        raise DataError(
-            "no image of the sample could be read; try convert with --on-error skip and see its report"
-        )
-    return estimate(report, total)
 
 
 def _measure(path: str, opts: ConvertOptions) -> float:

@@ -13,15 +13,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from fastload.errors import UsageError, unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Size = Union[int, tuple[int, int]]
-Range = Union[float, tuple[float, float]]
+Size = int | tuple[int, int]
+Range = float | tuple[float, float]
 
 
 def _set(spec: Any, name: str, value: Any) -> None:
@@ -297,12 +297,12 @@ class CutMix:
             raise UsageError(f"{type(self).__name__}: alpha must be above 0, got {self.alpha!r}")
 
 
-Spec = Union[
-    RandomResizedCrop, Resize, CenterCrop, RandomCrop, HorizontalFlip, VerticalFlip, ColorJitter, Grayscale,
-    RandomErasing, Cutout, PerImage, Normalize, Mixup, CutMix,
-]  # fmt: skip
+Spec = (
+    RandomResizedCrop | Resize | CenterCrop | RandomCrop | HorizontalFlip | VerticalFlip | ColorJitter | Grayscale
+    | RandomErasing | Cutout | PerImage | Normalize | Mixup | CutMix
+)  # fmt: skip
 Pipeline = tuple[Spec, ...]
-SPECS = {spec.__name__: spec for spec in Spec.__args__}  # type: ignore[attr-defined]
+SPECS = {spec.__name__: spec for spec in Spec.__args__}
 
 
 def train(

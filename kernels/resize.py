@@ -52,7 +52,7 @@ def triangle_taps(start, stop, low, high, size, flip, first, weights):
 def _blend_row(source, row, taps, weights, low, count, channels, lines, lane):
     """lines[:count, lane] = sum over k of weights[k] * source[row + k, low : low + count], pixels of four floats."""
     # Groups of four pixels as vectors; a three-channel group reads four bytes too many, so the last ones go singly.
-    groups = (count * channels - (4 if channels == 3 else 0)) // (4 * channels)
+    groups = max(count * channels - (4 if channels == 3 else 0), 0) // (4 * channels)
     start = source[row, low * channels :].ctypes.data
     if channels == 4:
         blend_rgbx(start, source.strides[0], taps, weights.ctypes.data, groups, lines[0, lane].ctypes.data)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 
 import fastload
@@ -188,11 +190,34 @@ def test_shrinking_matches_pillow(size: tuple[int, int], limit: dict[str, int]) 
     assert np.abs(pixels - expected).mean() < 1.5  # it may have been decoded at half size
 
 
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.integers(1, 6000),
+    st.sampled_from(["max_side", "short_side"]),
+)
+def test_sizes_keep_the_limit_and_the_shape_and_never_grow(
+    height: int, width: int, limit: int, which: str
+) -> None:
+    new = target_size(height, width, ImageOptions(**{which: limit}))  # type: ignore[arg-type]
+    side = (max if which == "max_side" else min)(height, width)
+    if side <= limit:
+        assert new == (height, width)
+    else:
+        assert (max if which == "max_side" else min)(new) == limit
+        for side, old in zip(new, (height, width)):
+            exact = old * limit / (max if which == "max_side" else min)(height, width)
+            assert abs(side - exact) <= 0.5 or (side == 1 and exact < 1)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("box", [None, (203, 101, 398, 397)])
 def test_a_scaled_decode_shifts_nothing(orientation: int, box: Any) -> None:
     # 401 and 501 are no multiples of 2, 4 or 8: one edge has a pixel that stands for less than the others.
-    jpeg = encoded(picture(501, 401), quality=95, subsampling=0, exif=exif(orientation))
+    x, y = np.meshgrid(np.arange(501), np.arange(401))
+    waves = [127 + 120 * np.sin(x / 14), 127 + 120 * np.sin(y / 14), 127 + 120 * np.sin((x + y) / 19)]
+    image = Image.fromarray(np.stack(waves, 2).astype(np.uint8))
+    jpeg = encoded(image, quality=95, subsampling=0, exif=exif(orientation))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg)))
     upright = upright if box is None else upright.crop(box)
     options = ImageOptions(max_side=40, store="raw")
@@ -340,6 +365,9 @@ def test_raw_is_copied_from_a_beton_without_loss(tmp_path: Path) -> None:
     report = run(tmp_path / "a.beton", tmp_path / "b.beton", store="auto")
     assert report.storage["copied"] == 1
     np.testing.assert_array_equal(images(tmp_path / "b.beton")[0], pixels)
+    assert run(tmp_path / "a.beton", tmp_path / "c.beton", store="raw", max_side=25).storage["raw"] == 1
+    expected = np.asarray(Image.fromarray(pixels).resize((25, 20), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(images(tmp_path / "c.beton")[0] - expected).max() <= 1
 
 
 def test_tar_shards_equal_the_folder_they_were_made_from(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -34,7 +35,11 @@ def photos(tmp_path_factory) -> Path:
 
 def run(name: str, *args: object) -> str:
     command = [sys.executable, str(EXAMPLES / name), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # on a busy machine torch's threads must not spin
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -48,22 +53,21 @@ def test_plain_loop(photos):
     found = losses(text)
     assert len(found) == 6 and found[-1] < 0.5 * found[0]
     assert text.splitlines()[-1].endswith("accuracy 1.0000")
-    assert len(losses(run("plain_loop.py", photos, "--model", "test_resnet", "--steps", 1, *SMALL))) == 1
 
 
 def test_lightning(photos, tmp_path, monkeypatch):
     pytest.importorskip("lightning", reason="needs pip install 'fastload[test]'")
     monkeypatch.chdir(tmp_path)  # where Lightning would leave its logs
-    text = run("lightning_module.py", photos, "--model", "test_resnet", "--epochs", 3, *SMALL)
-    assert "steps 12," in text and losses(text)[-1] < 0.69  # ceil(30 / 8) batches, three times
-    assert "steps 5," in run(
-        "lightning_module.py", photos, "--model", "test_resnet", "--epochs", 3, "--steps", 5, *SMALL
-    )
+    text = run("lightning_module.py", photos, "--model", "test_resnet", "--epochs", 3, "--steps", 10, *SMALL)
+    assert "steps 10," in text  # ceil(30 / 8) batches an epoch, so the third is left early
+    assert losses(text)[-1] < 0.69
 
 
 def test_accelerate(photos):
     pytest.importorskip("accelerate", reason="needs pip install 'fastload[test]'")
-    found = losses(run("accelerate_loop.py", photos, "--model", "test_resnet", "--epochs", 6, *SMALL))
+    found = losses(
+        run("accelerate_loop.py", photos, "--model", "test_resnet", "--epochs", 6, "--steps", 3, *SMALL)
+    )
     assert len(found) == 6 and found[-1] < 0.5 * found[0]
 
 

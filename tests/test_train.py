@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -17,6 +18,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 
 import fastload
+from fastload import transforms
 from fastload.cli import main
 from fastload.errors import DataError, UsageError
 from fastload.train import Config, Step, Trainer, load_run
@@ -160,6 +162,24 @@ def test_mixing_accumulation_and_no_average(photos, tmp_path):
     assert run.train_images == 32
 
 
+def test_stall_is_the_time_spent_waiting_for_images(photos, tmp_path, monkeypatch):
+    def slow(image):
+        time.sleep(0.08)
+        return image
+
+    normal = trainer_module.train_pipeline
+
+    def pipeline(cfg, mean, std):
+        *steps, last = normal(cfg, mean, std)
+        return (*steps, transforms.PerImage(slow), last)
+
+    run = Trainer(replace(CFG, epochs=1)).fit(photos, out=tmp_path / "fast", progress=False)
+    monkeypatch.setattr(trainer_module, "train_pipeline", pipeline)
+    slowed = Trainer(replace(CFG, epochs=1)).fit(photos, out=tmp_path / "slow", progress=False)
+    assert slowed.stall > run.stall + 0.3
+    assert slowed.images_per_s < 1 / 0.08
+
+
 # --- the same result, whatever happens in between
 
 
@@ -250,6 +270,9 @@ def test_a_folder_that_is_not_empty(trained, photos, tmp_path):
     with pytest.raises(UsageError, match="no run of fastload"):
         Trainer(CFG).fit(photos, out=foreign, overwrite=True)
     assert (foreign / "chapter1.txt").read_text() == "years of work"
+    with pytest.raises(UsageError, match="no run of fastload"):
+        Trainer(CFG).fit(photos, out=foreign, resume=True)
+    assert [path.name for path in foreign.iterdir()] == ["chapter1.txt"]
     with pytest.raises(UsageError, match="must not be a file"):
         Trainer(CFG).fit(photos, out=foreign / "chapter1.txt")
 
@@ -330,7 +353,18 @@ def test_groups(tmp_path):
     other = write(tmp_path / "v.beton", [0, 1], groups=[3, 99])
     with pytest.raises(DataError, match=r"1 values of 'group'.*'3'"):
         make_split(data, other, CFG)
-    assert len(make_split(data, other, replace(CFG, groups="none")).valid) == 2
+    with pytest.warns(TrainWarning, match="'red'"):
+        assert len(make_split(data, other, replace(CFG, groups="none")).valid) == 2
+
+
+def test_groups_may_be_text(tmp_path):
+    people = ["anna", "börje", "chen", "dina"]
+    image = np.zeros((8, 8, 3), np.uint8)
+    items = [{"image": image, "label": i % 2, "person": people[i // 6]} for i in range(24)]
+    fastload.convert(items, tmp_path / "p.beton", store="raw", progress=False)
+    split = make_split(tmp_path / "p.beton", None, replace(CFG, groups="person"))
+    assert {row[2] for row in split.rows()} == set(people)
+    assert not set(split.train_groups) & set(split.valid_groups)
 
 
 # --- what goes wrong on the way

@@ -156,12 +156,16 @@ def field_values(data: Dataset, name: str) -> np.ndarray:
     """(N,) values of a field as text, one per image: class names where the field has them."""
     if data.fields[name].kind in ("bytes", "json"):
         places = (data.locate(i) for i in range(len(data)))
-        return np.array([str(reader.value(at, name)) for reader, at in places])
+        return np.array([_text(reader.value(at, name)) for reader, at in places])
     names = data.class_names(name)
     column = np.asarray(data.column(name))
     if column.ndim != 1:
         raise UsageError(f"groups need one value per image, got field {name!r} of shape {column.shape}")
     return np.array([names[value] if names else str(value) for value in column.tolist()])
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _check_apart(train: Dataset, valid: Dataset) -> None:

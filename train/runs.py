@@ -93,9 +93,11 @@ def prepare(folder: str | Path, *, resume: bool, overwrite: bool) -> Path:
         raise UsageError("resume goes on with a run and overwrite starts it anew; give one of them, got both")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"the run folder must not be a file, got {str(folder)!r}")
-    if resume or not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         return folder
     ours = (folder / CONFIG).is_file()
+    if resume and ours:
+        return folder
     if not (overwrite and ours):
         cure = "--resume goes on with it, --overwrite starts anew" if ours else "no run of fastload is in it"
         raise UsageError(
@@ -113,8 +115,8 @@ def describe(folder: Path, config: Config, resolved: dict[str, Any], data: dict[
         "numpy": np.__version__, "python": platform.python_version(),
     }  # fmt: skip
     content = {"config": config.to_dict(), "resolved": resolved, "data": data, "versions": versions}
+    write_json(folder / CONFIG, content)  # first: it marks the folder as ours
     write_csv(folder / SPLIT, ("id", "fold", "group", "label"), rows)
-    write_json(folder / CONFIG, content)
 
 
 def read_config(folder: str | Path) -> Config:
