@@ -164,7 +164,7 @@ def convert(src: Any, dst: str | os.PathLike[str], **options: Any) -> ConvertRep
     opts = make_options(**options)
     path = os.fspath(dst)
     _check_target(path, src, opts)
-    source = open_source(src, opts.source)
+    source = open_source(src, opts.source, progress=opts.progress)
     try:
         return convert_source(source, path, opts, started)
     finally:

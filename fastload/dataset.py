@@ -140,7 +140,7 @@ class Dataset(Sequence[dict[str, Any]]):
     def blame(self, error: CorruptError, index: int) -> CorruptError:
         """Name the sample in an error of its bytes."""
         reader, at = self.locate(index)
-        return error.at(index, reader.strings("id")[at], reader.strings("source")[at])
+        return error.at(index, reader.name(at), reader.name(at, "source"))
 
     def subset(self, indices: Any) -> Dataset:
         """A view of the samples at ``indices`` (integers of this view, in any order, or a boolean mask)."""
@@ -299,7 +299,10 @@ def decode(image: EncodedImage) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Verification:
-    """Outcome of :func:`verify`: samples looked at, whether the file has checksums, and what is wrong with which."""
+    """Outcome of :func:`verify`: samples looked at, whether the file has checksums, and what is wrong with which.
+
+    An entry of ``bad`` has index, id, source and reason; index and id are None where the file's index itself is damaged.
+    """
 
     samples: int
     has_checksums: bool
@@ -330,7 +333,12 @@ def verify(dataset: Dataset | str | os.PathLike[str], progress: bool = False) ->
         except FastloadError as error:
             return getattr(error, "reason", str(error)), has_checksums
 
-    bad, has = [], False
+    bad: list[dict[str, Any]] = [
+        {"index": None, "id": None, "source": reader.path, "reason": f"its index is damaged: {section}"}
+        for reader in ds._readers
+        for section in reader.damaged_sections()
+    ]
+    has = False
     with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
         chunk = 4096  # keeps the queue of futures short on files of millions
         with tqdm(total=len(ds), desc="verify", unit="img", disable=not progress) as bar:

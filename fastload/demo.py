@@ -44,13 +44,13 @@ Echo = Callable[[str], object]
 class DemoOptions:
     """``photos``: JPEG files cut from the two photographs. ``bench_seconds``: budget of the throughput measurement."""
 
-    model: str = "resnet10t"
+    model: str = "test_resnet"
     bench_model: str = "resnet18"
     size: int = 32
-    epochs: int = 8
+    epochs: int = 10
     batch_size: int = 64
     photos: int = 600
-    bench_seconds: float = 25.0
+    bench_seconds: float = 20.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -128,7 +128,20 @@ def train_command(train: str, run: str, options: DemoOptions) -> list[str]:
     return [
         *("train", train, "--model", options.model, "--size", str(options.size)),
         *("--epochs", str(options.epochs), "--batch-size", str(options.batch_size)),
-        *("--augment", "light", "--no-flip", "--lr", "2e-3", "--ema", "0.98", "-o", run, "--json"),
+        *(
+            "--augment",
+            "light",
+            "--no-flip",
+            "--lr",
+            "3e-3",
+            "--ema",
+            "0.98",
+            "--valid-fraction",
+            "0.1",
+            "-o",
+            run,
+            "--json",
+        ),
     ]
 
 

@@ -298,14 +298,14 @@ class Loader:
                 # A user's PerImage, or a bug: say at which sample, without hiding what it was.
                 if hasattr(error, "add_note"):
                     reader, at = self.dataset.locate_base(base)
-                    error.add_note(f"while loading sample {base}, id {reader.strings('id')[at]!r}")
+                    error.add_note(f"while loading sample {base}, id {reader.name(at)!r}")
                 raise
         if job.floats is not None:
             pixels.normalise(job.images[start:stop], *self._affine(), job.floats[start:stop])
 
     def _blame(self, error: CorruptError, base: int) -> None:
         reader, at = self.dataset.locate_base(base)
-        error.at(base, reader.strings("id")[at], reader.strings("source")[at])
+        error.at(base, reader.name(at), reader.name(at, "source"))
 
     def _substitute(self, job: _Job, row: int, error: CorruptError) -> None:
         """Put another sample in the place of a corrupt one: which one depends on the seed and the sample only."""

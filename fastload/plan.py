@@ -84,7 +84,7 @@ def plan(src: Any, *, sample: int = 200, sizes: Sequence[int | None] = _SIZES, *
     if opts.image.max_side is not None and opts.image.max_side not in sizes:
         sizes = [*sizes, opts.image.max_side]
     folder = tempfile.mkdtemp(prefix="fastload-plan-")
-    source = open_source(src, opts.source)
+    source = open_source(src, opts.source, progress=opts.progress)
     try:
         total = len(source) if opts.limit is None else min(opts.limit, len(source))
         indices = list(range(0, total, max(1, total // sample)))[:sample]

@@ -11,8 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from fastload.errors import DataError, UsageError
-from fastload.sources_base import Sample, Source, SourceOptions
+from fastload.sources_base import Sample, Source, SourceOptions, Tick
 from fastload.sources_csv import CsvSource
 from fastload.sources_folder import FolderSource
 from fastload.sources_python import BetonSource, PythonSource
@@ -23,14 +25,16 @@ __all__ = ["Sample", "Source", "SourceOptions", "open_source"]
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
 
-def open_source(src: Any, options: SourceOptions) -> Source:
+def open_source(src: Any, options: SourceOptions, *, progress: bool = False) -> Source:
     """The source for ``src``: a folder, CSV, tar shards (``{000..012}`` and globs), ``.beton`` file or Python object.
 
     A path that does not exist or is of no known kind is a UsageError, which names what is nearest to it.
     """
-    source = (
-        _from_object(src, options) if not isinstance(src, str | os.PathLike) else _from_path(src, options)
-    )
+    if isinstance(src, str | os.PathLike):
+        with tqdm(desc="list", unit="img", delay=1, leave=False, disable=not progress) as bar:
+            source = _from_path(src, options, bar.update)
+    else:
+        source = _from_object(src, options)
     if "label" not in (field.name for field in source.fields):
         for flag, value in (("classes", options.classes), ("label-sep", options.label_sep)):
             if value is not None:
@@ -41,7 +45,7 @@ def open_source(src: Any, options: SourceOptions) -> Source:
     return source
 
 
-def _from_path(src: str | os.PathLike[str], options: SourceOptions) -> Source:
+def _from_path(src: str | os.PathLike[str], options: SourceOptions, tick: Tick) -> Source:
     text = os.fspath(src)
     if is_pattern(text):
         paths = expand(text)
@@ -50,18 +54,18 @@ def _from_path(src: str | os.PathLike[str], options: SourceOptions) -> Source:
             raise UsageError(
                 f"a pattern names .tar shards, but it also matches {other[0]!r}; narrow it, got {text!r}"
             )
-        return TarSource(paths, options)
+        return TarSource(paths, options, tick)
     path = Path(text)
     if not path.exists():
         raise missing(path)
     if path.is_dir():
         shards = _shards(path)
-        return TarSource(shards, options) if shards else FolderSource(path, options)
+        return TarSource(shards, options, tick) if shards else FolderSource(path, options, tick)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return CsvSource(path, options)
+        return CsvSource(path, options, tick)
     if suffix == ".tar":
-        return TarSource([text], options)
+        return TarSource([text], options, tick)
     if suffix == ".beton":
         from fastload.dataset import open as open_dataset
 

@@ -25,6 +25,7 @@ import numpy as np
 from fastload.beton import EncodedImage, Field
 from fastload.errors import DataError, UsageError
 
+Tick = Callable[[], object]  # called once an item is listed
 Payload = bytes | np.ndarray | EncodedImage
 Box = tuple[float, float, float, float]
 
@@ -96,6 +97,10 @@ class SourceOptions:
     def columns(self) -> tuple[str, ...]:
         """The label columns, however they were given."""
         return (self.label_from[len("column:") :],) if self.label_from.startswith("column:") else self.labels
+
+
+def quiet() -> None:
+    """A tick that nobody hears."""
 
 
 class Names:

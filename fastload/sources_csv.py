@@ -23,11 +23,13 @@ from fastload.sources_base import (
     Sample,
     Source,
     SourceOptions,
+    Tick,
     categorical,
     check_unique,
     field_names,
     label_column,
     numbers,
+    quiet,
     regex_columns,
     require_same_options,
     typed,
@@ -58,8 +60,9 @@ _PROBED = 20  # rows that are looked at to find the column of paths
 class CsvSource(Source):
     """A CSV (or TSV) file with a header. Relative paths are relative to ``root``, which is the file's own folder if not given."""
 
-    def __init__(self, path: str | os.PathLike[str], options: SourceOptions) -> None:
+    def __init__(self, path: str | os.PathLike[str], options: SourceOptions, tick: Tick = quiet) -> None:
         super().__init__(kind="csv")
+        self._tick = tick
         require_same_options("CSV file", options, set(options.__dataclass_fields__) - {"shard_ids"})
         self.path = Path(path)
         self.root = Path(options.root) if options.root is not None else self.path.parent
@@ -112,6 +115,7 @@ class CsvSource(Source):
                     for column, value in zip(columns, row):
                         column.append(value.encode("utf-8"))
                     self._lines.append(rows.line_num)
+                    self._tick()
         except OSError as error:
             raise DataError(f"{self.path} cannot be read ({error.strerror}); check the file") from error
         except UnicodeDecodeError as error:

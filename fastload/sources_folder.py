@@ -21,8 +21,10 @@ from fastload.sources_base import (
     Sample,
     Source,
     SourceOptions,
+    Tick,
     categorical,
     natural_key,
+    quiet,
     readable,
     regex_columns,
     require_same_options,
@@ -106,8 +108,9 @@ class FolderSource(Source):
     The class of ``SRC/cat/sub/1.jpg`` is ``cat``: the first folder below SRC. Ids are paths relative to SRC.
     """
 
-    def __init__(self, path: str | os.PathLike[str], options: SourceOptions) -> None:
+    def __init__(self, path: str | os.PathLike[str], options: SourceOptions, tick: Tick = quiet) -> None:
         super().__init__(kind="folder")
+        self._tick = tick
         require_same_options("folder", options, ("label_from", "classes"))
         if options.label_from.startswith("column:"):
             raise UsageError(
@@ -202,6 +205,7 @@ class FolderSource(Source):
     def _add(self, name: str, size: int) -> None:
         self._names.append(os.fsencode(name))
         self._sizes.append(size)
+        self._tick()
 
     def __len__(self) -> int:
         return len(self._names)

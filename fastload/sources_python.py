@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fastload.sources_base import (
     Sample,
     Source,
     SourceOptions,
+    check_unique,
     field_names,
     require_same_options,
     unknown_label,
@@ -131,6 +133,7 @@ class PythonSource(Source):
         return code
 
     def digest(self, into: Any) -> None:
+        # Only what costs nothing: to hash the items would decode every image.
         into.update(f"{type(self.data).__name__} {self._count}".encode())
 
 
@@ -154,7 +157,29 @@ class BetonSource(Source):
             if name == "label" and options.classes is not None:
                 get, names = self._renumbered(get, names, options.classes), list(options.classes)
             self.columns.append(Column(spec, titles.get(name, name), get, tuple(names) or None))
-        self._ids, self._sources = data.ids, data.sources
+        self._sources = data.sources
+        self._id: Callable[[int], str] = data.ids.__getitem__
+        self._check_ids()
+
+    def _check_ids(self) -> None:
+        """Joined files may count their samples alike: then the file's name goes before each id."""
+
+        def unique() -> None:
+            check_unique(
+                self._id,
+                len(self),
+                lambda i: f"sample {i}",
+                "choose each once, or give joined files other names",
+            )
+
+        try:
+            unique()
+        except DataError:
+            if len(self.data.paths) == 1:
+                raise
+            plain = self._id
+            self._id = lambda i: f"{Path(self.data.locate(i)[0].path).stem}/{plain(i)}"
+            unique()
 
     def _getter(self, name: str, spec: Field) -> Callable[[int], Any]:
         if spec.kind in ("int", "float"):
@@ -187,7 +212,7 @@ class BetonSource(Source):
     def sample(self, i: int) -> Sample:
         height, width = int(self.data.heights[i]), int(self.data.widths[i])
         return Sample(
-            self._ids[i],
+            self._id(i),
             self._sources[i],
             self.values(i),
             lambda: self.data.encoded(i),
@@ -198,7 +223,7 @@ class BetonSource(Source):
     def digest(self, into: Any) -> None:
         into.update(self.data.heights.tobytes() + self.data.widths.tobytes())
         for i in range(len(self)):
-            into.update(self._ids[i].encode("utf-8", "backslashreplace") + b"\0")
+            into.update(self._id(i).encode("utf-8", "backslashreplace") + b"\0")
         for column in self.columns:
             if column.field.kind in ("int", "float"):
                 into.update(self.data.column(column.field.name).tobytes())

@@ -29,9 +29,11 @@ from fastload.sources_base import (
     Sample,
     Source,
     SourceOptions,
+    Tick,
     check_unique,
     field_names,
     label_column,
+    quiet,
     readable,
     regex_columns,
     require_same_options,
@@ -105,8 +107,9 @@ class TarSource(Source):
     ``txt`` is kept as bytes. ``shard_ids`` puts the shard's name before each key, for shards that count from zero each.
     """
 
-    def __init__(self, paths: Sequence[str], options: SourceOptions) -> None:
+    def __init__(self, paths: Sequence[str], options: SourceOptions, tick: Tick = quiet) -> None:
         super().__init__(kind="tar")
+        self._tick = tick
         require_same_options(
             "tar file", options, ("label_from", "labels", "label_sep", "classes", "shard_ids")
         )
@@ -190,6 +193,7 @@ class TarSource(Source):
             self.ignored["sample without image"] += 1
             return
         self._keys.append(os.fsencode(key))
+        self._tick()
         self._shards.append(shard)
         suffix = lower[image]
         if suffix not in self._suffix_ids:

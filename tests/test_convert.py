@@ -359,6 +359,18 @@ def test_a_beton_is_copied_with_all_it_knows_and_encoded_anew_when_asked(tmp_pat
         assert d.labels.tolist() == [1, 0, 1, 0, 1]
 
 
+def test_joined_files_get_ids_that_differ_and_a_repeated_sample_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run([(np.asarray(picture(seed=ord(name))), 0)] * 2, tmp_path / f"{name}.beton")
+    both = fastload.concat([fastload.open(tmp_path / "a.beton"), fastload.open(tmp_path / "b.beton")])
+    run(both, tmp_path / "c.beton")
+    with fastload.open(tmp_path / "c.beton") as data:
+        assert list(data.ids) == ["a/0", "a/1", "b/0", "b/1"]
+        np.testing.assert_array_equal(data[3]["image"], both[3]["image"])
+    with pytest.raises(DataError, match="duplicate id '1': sample 0 and sample 1"):
+        run(fastload.open(tmp_path / "a.beton").subset([1, 1]), tmp_path / "d.beton")
+
+
 def test_raw_is_copied_from_a_beton_without_loss(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
     run([(pixels, 0)], tmp_path / "a.beton", store="raw")

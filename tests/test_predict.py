@@ -16,6 +16,7 @@ import fastload
 from fastload.cli import main
 from fastload.errors import DataError, UsageError
 from fastload.train import Config, Trainer, predict
+from fastload.train.infer import infer
 
 NAMES = ["blue, dark", "green", "red"]
 COLOURS = np.array([(40, 40, 200), (40, 200, 40), (200, 40, 40)])
@@ -70,6 +71,18 @@ def test_probabilities_equal_a_forward_pass_by_hand(run, tmp_path):
     assert got.labels.tolist() == labels and got.accuracy == 1.0 and got.macro_f1 == 1.0
     one = predict(run, data, batch_size=1, device="cpu", progress=False)
     np.testing.assert_allclose(one.probs, got.probs, atol=1e-5)
+
+
+def test_inference_is_in_eval_mode_and_gives_the_model_back_as_it_was():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.5), torch.nn.Flatten()).train()
+    images = torch.randn(4, 3, 1, 1)
+    got = infer(model, [(images[:3],), (images[3:],)], torch.device("cpu"), total=4, progress=False)
+    want = (images.flatten(1) / (1 + 1e-5) ** 0.5).softmax(
+        1
+    )  # running mean 0 and variance 1, nothing dropped
+    np.testing.assert_allclose(got, want.numpy(), atol=1e-6)
+    assert model.training and model[0].num_batches_tracked == 0
 
 
 def test_the_csv_file(run, tmp_path):

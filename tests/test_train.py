@@ -21,7 +21,7 @@ import fastload
 from fastload import transforms
 from fastload.cli import main
 from fastload.errors import DataError, UsageError
-from fastload.train import Config, Step, Trainer, load_run
+from fastload.train import Config, Step, Trainer, load_run, predict
 from fastload.train import trainer as trainer_module
 from fastload.train.data import TrainWarning, make_split
 from fastload.train.trainer import _better
@@ -132,6 +132,17 @@ def test_best_and_last_checkpoints(trained):
     name, weight = next(iter(loaded.model.named_parameters()))
     assert torch.equal(weight, last["step"]["ema"][name])
     assert not torch.equal(weight, last["step"]["model"][name])
+
+
+def test_the_best_checkpoint_gives_the_probabilities_that_were_scored(trained, photos):
+    kept = np.load(trained.folder / "valid_probs.npz")
+    data = fastload.open(photos)
+    place = {id: i for i, id in enumerate(data.ids)}
+    again = predict(
+        trained, data.subset([place[str(id)] for id in kept["ids"]]), device="cpu", progress=False
+    )
+    np.testing.assert_allclose(again.probs, kept["probs"], atol=1e-6)
+    assert again.accuracy == trained.accuracy
 
 
 def test_what_is_best():

@@ -186,6 +186,14 @@ def test_grouped_split_is_near_the_fraction_of_every_class():
     assert (abs(share - 0.2) < 0.02).all()
 
 
+def test_a_group_with_the_last_image_of_a_class_stays_in_training():
+    labels = np.array([0] * 48 + [1])
+    groups = np.array([i // 8 for i in range(48)] + [5])
+    for seed in range(20):
+        train, valid = holdout(labels, 0.25, seed, groups)
+        assert 1 in labels[train] and len(valid) in (8, 16)
+
+
 def test_groups_that_cannot_be_divided():
     with pytest.raises(DataError, match="--valid"):
         holdout(np.array([0, 0, 1, 1]), 0.5, 0, np.array([0, 0, 1, 1]))
@@ -206,6 +214,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_whoever_reads_the_old_file_reads_it_to_the_end(tmp_path):
+    write_json(tmp_path / "a.json", list(range(1000)))
+    with open(tmp_path / "a.json") as reader:
+        write_json(tmp_path / "a.json", "new")
+        assert json.load(reader) == list(range(1000))
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

@@ -7,6 +7,7 @@ the first field hold our anchor, which points to an index region that FFCV never
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,17 +81,19 @@ class Field:
                 f"a field name is 1 to {NAME_BYTES} ASCII characters (the format's limit), got {self.name!r}"
             )
         if self.kind == "ndarray":
-            if self.dtype is None or not self.shape or len(self.shape) > 32 or min(self.shape) < 1:
+            if self.dtype is None or not 0 < len(self.shape) <= 32 or min(self.shape) < 1:
                 raise UsageError(
                     f"an ndarray field needs a dtype and 1 to 32 positive dimensions, got {self.dtype!r}, {self.shape!r}"
                 )
-            if np.dtype(self.dtype).hasobject or np.dtype(self.dtype).fields:
+            if np.dtype(self.dtype).kind not in "biufc":
                 raise UsageError(f"an ndarray field holds plain numbers, got dtype {self.dtype!r}")
+            if self.nbytes > MAX_PAGE:
+                raise UsageError(f"an array of shape {self.shape} is larger than the format's largest page (2 GiB)")
 
     @property
     def nbytes(self) -> int:
         """Bytes of one value of an ndarray field."""
-        return int(np.dtype(self.dtype).itemsize * np.prod(self.shape, dtype=np.int64))
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,9 @@ def decode_descriptor(record: np.ndarray) -> Field:
             f"field {name!r} is of FFCV's custom type {int(record['type_id'])}, whose layout only its writer knows; "
             "write the file again without it"
         )
-    if kind != "ndarray":
-        return Field(name, kind)  # type: ignore[arg-type]
     try:
+        if kind != "ndarray":
+            return Field(name, kind)  # type: ignore[arg-type]
         arguments = np.frombuffer(record["arguments"].tobytes(), NDARRAY_ARGUMENTS, 1)[0]
         start = NDARRAY_ARGUMENTS.itemsize
         length = int(arguments["type_length"])
@@ -154,4 +157,4 @@ def decode_descriptor(record: np.ndarray) -> Field:
         shape = tuple(int(n) for n in arguments["shape"] if n)
         return Field(name, "ndarray", dtype.str, shape)
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"field {name!r} has a damaged array description ({error})") from error
+        raise DataError(f"the description of field {name!r} is damaged ({error})") from error

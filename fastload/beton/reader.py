@@ -80,6 +80,7 @@ class Reader:
         self.info: dict[str, Any] = {}
         self.format_version = 0  # 0: no index of ours
         self._sections: dict[str, np.ndarray] = {}
+        self._section_crcs: dict[str, int] = {}
         self._read_index(descriptors[0])
 
     def _damaged(self, why: str) -> DataError:
@@ -111,13 +112,16 @@ class Reader:
         try:
             index = json.loads(blob)
             self.info = dict(index["info"])
-            sections = {str(k): (int(v[0]), int(v[1])) for k, v in index["sections"].items()}
+            sections = {str(k): tuple(int(n) for n in v) for k, v in index["sections"].items()}
+            if any(len(v) != 3 for v in sections.values()):
+                raise ValueError("a section needs place, size and checksum")
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise self._damaged(f"its index cannot be read ({error})") from error
-        for name, (at, length) in sections.items():
+        for name, (at, length, crc) in sections.items():
             if at < 0 or length < 0 or at + length > size:
                 raise self._damaged(f"section {name!r} of its index lies outside of it")
             self._sections[name] = region[at : at + length]
+            self._section_crcs[name] = crc
         if "crc" in self._sections and self._sections["crc"].size != 4 * self.num_samples:
             raise self._damaged("it has not one checksum for each sample")
         self.format_version = version
@@ -222,6 +226,17 @@ class Reader:
             elif field.kind in ("bytes", "json"):
                 crc = zlib.crc32(self.span(int(row["ptr"]), int(row["size"])), crc)
         return crc == int(crcs[4 * index : 4 * index + 4].view("<u4")[0])
+
+    def damaged_sections(self) -> list[str]:
+        """Names of the index's sections (checksums, ids, sources) whose own checksum does not match; reads them all."""
+        return [name for name, data in self._sections.items() if zlib.crc32(data) != self._section_crcs[name]]
+
+    def name(self, index: int, what: str = "id") -> str:
+        """The id or source of a sample for messages: '?' where the index is damaged."""
+        try:
+            return str(self.strings(what)[index])
+        except DataError:
+            return "?"
 
     def strings(self, what: str) -> Sequence[str]:
         """The ids or sources (``what``) of the samples, read when asked for; numbers as text where there are none."""

@@ -314,12 +314,14 @@ def _index_region(info: dict[str, Any], sections: Mapping[str, bytes | bytearray
     names = list(sections)
     sizes = [len(sections[name]) for name in names]
     # Offsets are part of the JSON whose length moves them: pad the JSON to a bound that does not depend on them.
-    bound = _align(len(json.dumps({"info": info, "sections": {n: [2**53, 2**53] for n in names}})) + 64, 8)
+    bound = _align(len(json.dumps({"info": info, "sections": {n: [2**53, 2**53, 2**32] for n in names}})) + 64, 8)
     offsets, at = [], 8 + bound
     for size in sizes:
         offsets.append(at)
         at = _align(at + size, 8)
-    table = {name: [offset, size] for name, offset, size in zip(names, offsets, sizes)}
+    table = {
+        name: [offset, size, zlib.crc32(sections[name])] for name, offset, size in zip(names, offsets, sizes)
+    }
     blob = json.dumps({"info": info, "sections": table}).encode().ljust(bound)
     region = bytearray(at)
     region[:8] = struct.pack("<Q", len(blob))

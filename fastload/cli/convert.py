@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from typing import Any
 
@@ -99,7 +100,8 @@ def command(src: str, dst: str | None, plan: bool, plan_sample: int, as_json: bo
     try:
         report = convert(src, dst, **options)
     except KeyboardInterrupt:
-        click.echo("stopped; what is done is kept: run the same command with --resume to go on", err=True)
+        if os.path.exists(f"{dst}.journal"):  # it may have been stopped before the first image
+            click.echo("stopped; what is done is kept: run the same command with --resume to go on", err=True)
         raise
     click.echo(str(report))
     if as_json:

@@ -20,7 +20,8 @@ def command(data: str, as_json: bool) -> None:
     with open_dataset(data) as dataset:
         result = verify(dataset, progress=True)
     for bad in result.bad:
-        click.echo(f"sample {bad['index']}, id {bad['id']!r}, source {bad['source']!r}: {bad['reason']}")
+        which = "" if bad["index"] is None else f"sample {bad['index']}, id {bad['id']!r}, source "
+        click.echo(f"{which}{bad['source']!r}: {bad['reason']}")
     what = (
         "decodes and matches its checksum" if result.has_checksums else "decodes (the file has no checksums)"
     )
@@ -32,6 +33,6 @@ def command(data: str, as_json: bool) -> None:
         )
     if not result.ok:
         raise DataError(
-            f"{data}: {len(result.bad):,} of {result.samples:,} samples are damaged; fetch or convert the file again, "
+            f"{data}: {len(result.bad):,} damaged places in {result.samples:,} samples; fetch or convert the file again, "
             "or load it with on_error='replace'"
         )
