@@ -35,7 +35,7 @@ class ModelSide:
         from fastload.train import Config, make_step
 
         self.device, self.model = device, options.model
-        self.has_labels = "label" in dataset.fields
+        self.has_labels = "label" in dataset.fields and dataset.fields["label"].kind in ("int", "ndarray")
         self.soft = self.has_labels and dataset.fields["label"].kind == "ndarray"
         classes = num_classes(dataset)
         config = Config(
@@ -79,7 +79,7 @@ class ModelSide:
 
 
 def num_classes(dataset: Dataset) -> int:
-    if "label" not in dataset.fields:
+    if "label" not in dataset.fields or dataset.fields["label"].kind not in ("int", "ndarray"):
         return 1000
     label = dataset.fields["label"]
     if label.kind == "ndarray":

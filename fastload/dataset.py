@@ -347,13 +347,8 @@ def verify(dataset: Dataset | str | os.PathLike[str], progress: bool = False) ->
                 for index, (reason, has_checksums) in zip(span, pool.map(check, span)):
                     has |= has_checksums
                     if reason is not None:
-                        bad.append(
-                            {
-                                "index": index,
-                                "id": ds.ids[index],
-                                "source": ds.sources[index],
-                                "reason": reason,
-                            }
-                        )
+                        reader, at = ds.locate(index)
+                        where = {"index": index, "id": reader.name(at), "source": reader.name(at, "source")}
+                        bad.append({**where, "reason": reason})
                     bar.update()
     return Verification(len(ds), has, bad)

@@ -353,10 +353,11 @@ def label_column(
     for i, raw in enumerate(texts):
         if not raw.strip():
             errors.setdefault(i, f"has no label: its {title!r} is empty")
-    if classes is None and not errors:
-        numbers = typed(name, title, texts)
-        if numbers.field.kind == "float":
-            return numbers
+    filled = [text for text in texts.texts() if text.strip()] if classes is None else []
+    if filled and not all(_INT.fullmatch(text.strip()) for text in filled):
+        column = typed(name, title, texts)
+        if column.field.kind == "float":
+            return column
     found = (text.strip() or None for text in texts.texts())
     return categorical(name, title, found, classes, errors, numbers=True)
 

@@ -275,6 +275,23 @@ def test_csv_regression_label_and_several_labels(tmp_path: Path) -> None:
     assert source.sample(0).values == {"label": 1.5, "sex": 0} and source.classes == {"sex": ["f", "m"]}
 
 
+@pytest.mark.parametrize(
+    ("column", "kind"), [(["1", "", "3"], "int"), (["1.5", "", "3"], "float"), (["a", "", "b"], "int")]
+)
+def test_a_missing_label_does_not_change_the_kind_of_the_others(
+    tmp_path: Path, column: list[str], kind: str
+) -> None:
+    tree(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    path = table(
+        tmp_path / "t.csv", ["path", "label"], *([f"{n + 1}.jpg", text] for n, text in enumerate(column))
+    )
+    source = opened(path)
+    assert source.fields[0].kind == kind and ("label" in source.classes) == (column[0] == "a")
+    assert "no label" in source.sample(1).error  # type: ignore[operator]
+    if column[0] != "a":
+        assert [source.sample(i).values["label"] for i in (0, 2)] == [float(column[0]), 3]
+
+
 def test_csv_crop_boxes_make_several_samples_of_one_image(tmp_path: Path) -> None:
     tree(tmp_path, "1.jpg")
     header = ["path", "x0", "y0", "x1", "y1"]

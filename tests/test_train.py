@@ -173,22 +173,28 @@ def test_mixing_accumulation_and_no_average(photos, tmp_path):
     assert run.train_images == 32
 
 
-def test_stall_is_the_time_spent_waiting_for_images(photos, tmp_path, monkeypatch):
-    def slow(image):
-        time.sleep(0.08)
-        return image
-
+@pytest.mark.parametrize("slow", ["loader", "model"])
+def test_stall_is_the_share_of_time_spent_waiting_for_images(photos, tmp_path, monkeypatch, slow):
     normal = trainer_module.train_pipeline
+
+    def wait(image):
+        time.sleep(0.02 if slow == "loader" else 0.0)
+        return image
 
     def pipeline(cfg, mean, std):
         *steps, last = normal(cfg, mean, std)
-        return (*steps, transforms.PerImage(slow), last)
+        return (*steps, transforms.PerImage(wait), last)
 
-    run = Trainer(replace(CFG, epochs=1)).fit(photos, out=tmp_path / "fast", progress=False)
+    def step(self, images, labels):
+        time.sleep(0.3 if slow == "model" else 0.0)
+        return torch.zeros(())
+
     monkeypatch.setattr(trainer_module, "train_pipeline", pipeline)
-    slowed = Trainer(replace(CFG, epochs=1)).fit(photos, out=tmp_path / "slow", progress=False)
-    assert slowed.stall > run.stall + 0.3
-    assert slowed.images_per_s < 1 / 0.08
+    monkeypatch.setattr(Step, "__call__", step)
+    run = Trainer(replace(CFG, epochs=1)).fit(photos, out=tmp_path / "run", progress=False)
+    assert run.stall > 0.8 if slow == "loader" else run.stall < 0.4
+    # 32 images at 20 ms each on one thread, or 4 batches of 8 at 300 ms each
+    assert run.images_per_s < (50 if slow == "loader" else 27)
 
 
 # --- the same result, whatever happens in between

@@ -128,10 +128,8 @@ class Step:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._batches = self._samples = 0
-        if (
-            self.scaler.get_scale() < scale
-        ):  # the gradients had overflowed: no step was made, so none is counted
-            return
+        if self.scaler.get_scale() < scale:
+            return  # the gradients had overflowed: no step was made, so none is counted
         self.updates += 1
         self._set_lr()
         if self.ema is not None:

@@ -30,7 +30,7 @@ def _option(name: str, kind: Any, text: str) -> Any:
 @click.option("--resume", is_flag=True, help="Go on with the run in the folder, with its own options.")
 @click.option("--overwrite", is_flag=True, help="Start anew in a folder that holds a run.")
 @click.option("--json", "as_json", is_flag=True, help="Last line of the output: one JSON object.")
-@_option("model", str, "Name of a timm model.")
+@click.option("--model", help="Name of a timm model; needed unless --resume finds the run's own.")
 @click.option("--pretrained", is_flag=True, default=None, help="Start from timm's published weights.")
 @_option("epochs", int, "Times every image is seen.")
 @_option("size", int, "Side of the images the model sees, in pixels.")
