@@ -6,6 +6,8 @@ import csv
 import errno
 import json
 import os
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -260,6 +262,22 @@ def test_checkpoint_round_trip(tmp_path):
     got = checkpoint.load(tmp_path / "c.pt")
     assert torch.equal(got["w"], state["w"]) and got["n"] == state["n"] and got["t"] == (1, 2)
     assert torch.equal(got["d"][3]["x"], torch.ones(1))
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", {"n": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # The kernel refuses to let a file grow: the same path through torch as a full disk, without filling one.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+        with pytest.raises(DataError, match="File too large"):
+            checkpoint.save(tmp_path / "c.pt", {"w": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert checkpoint.load(tmp_path / "c.pt")["n"] == 1
+    assert os.listdir(tmp_path) == ["c.pt"]
 
 
 def test_checkpoint_takes_no_objects(tmp_path):

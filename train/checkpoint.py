@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import BadZipFile
 
 import torch
@@ -27,7 +27,24 @@ VERSION = 1
 def save(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write ``state`` to ``path``; ``plain`` checks it first, so that what is saved can be loaded."""
     content = plain({"fastload_checkpoint": VERSION, **state})
-    write_atomic(path, lambda file: torch.save(content, file))
+
+    def write(file: IO[bytes]) -> None:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch hides a full disk behind an error of its own
+            raise _disk_error(error) from error
+
+    write_atomic(path, write)
+
+
+def _disk_error(error: BaseException) -> BaseException:
+    """The OSError that ``error`` was raised after, or ``error`` itself."""
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(before, OSError):
+            return before
+        before = before.__cause__ or before.__context__
+    return error
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def write_atomic(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
         os.replace(temporary, path)
     except OSError as error:
         why = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise DataError(
                 f"writing {path} failed: {why}; what was there before is unchanged, make room and start again"
             ) from error
