@@ -25,7 +25,7 @@ class PeerProcess:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in __exit__
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # closed in __exit__
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fastload.benchmarks.peers", name],
             stdin=subprocess.PIPE,

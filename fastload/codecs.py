@@ -9,7 +9,11 @@ and the odd JPEG (CMYK, 12 bit). Everything that can be wrong with bytes comes o
 from __future__ import annotations
 
 import io
+import os
+import struct
+import threading
 import warnings
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +26,24 @@ from fastload.kernels import resize as kr
 from fastload.kernels import restart as ks
 
 MAX_PIXELS = 300_000_000  # a decompression bomb is refused before it is decoded
+# What Pillow's decoders raise for damaged bytes: each format has its own habits.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+_ONE_AT_A_TIME = (
+    threading.Lock()
+)  # threads that catch warnings side by side leave the filters of one another behind
 
 
 @dataclass(frozen=True)
@@ -57,8 +79,10 @@ def probe(data: Any) -> Probe:
                 width, height = height, width
             return Probe("JPEG", width, height, orientation, orientation == 1 and _keepable(info))
     with _open(data) as image:
-        orientation = _orientation(image)
+        orientation = _orientation(image, _says_all_first(image, data))
         width, height = image.size
+        if image.format == "TIFF":  # Pillow has turned this size already, in its later releases
+            width, height = image.tag_v2.get(256, width), image.tag_v2.get(257, height)
         if orientation >= 5:
             width, height = height, width
         return Probe(image.format or "?", width, height, orientation, False)
@@ -84,8 +108,8 @@ def load_rgb(data: Any, *, min_size: tuple[int, int] | None = None) -> np.ndarra
     """Decode any image that Pillow reads to (H, W, 3) uint8 RGB with its EXIF orientation applied.
 
     Grey and palette become RGB, transparent pixels are laid over white, CMYK is converted, 16-bit grey keeps its upper
-    byte. ``min_size`` (height, width) allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size as long as it stays at
-    least that large. Raises CorruptError for bytes that are no image, are truncated, or hold more than 300 megapixels.
+    byte. ``min_size`` (height, width) allows a JPEG to be decoded at the smallest n/8 of its size that is at least that
+    large. Raises CorruptError for bytes that are no image, are truncated, or hold more than 300 megapixels.
     """
     if is_jpeg(data):
         array = as_bytes(data)
@@ -100,10 +124,10 @@ def load_rgb(data: Any, *, min_size: tuple[int, int] | None = None) -> np.ndarra
             return _orient(rgb, orientation)
     with _open(data) as image:
         _check_pixels(image.height, image.width)
-        orientation = _orientation(image)
         try:
-            return _orient(_to_rgb(image), orientation)
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError) as error:
+            image.load()  # before the orientation is asked for: Pillow turns a TIFF while loading it, and says so
+            return _orient(_to_rgb(image), _orientation(image))
+        except _DAMAGE as error:
             raise CorruptError(f"the {image.format} image cannot be decoded ({error})") from error
 
 
@@ -144,12 +168,44 @@ def _decode(
 
 def encode_jpeg(rgb: np.ndarray, quality: int = 90) -> bytes:
     """(H, W, 3) uint8 RGB as baseline 4:2:0 JPEG with restart markers and their index. ``quality`` 1 to 100."""
+    from PIL import Image
+
     if not 1 <= quality <= 100:
         raise UsageError(f"JPEG quality is 1 to 100, got {quality}")
-    plain = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(rgb), quality=quality, colorspace="RGB", colorsubsampling="420", fastdct=False
+    height, width = rgb.shape[:2]
+    across, down = -(-width // 16), -(-height // 16)
+    interval = kj.choose_interval(across, down, 16)
+    image = Image.frombuffer("RGB", (width, height), np.ascontiguousarray(rgb), "raw", "RGB", 0, 1)
+    # Pillow encodes to a file number without the GIL, and to any other file with it.
+    with os.fdopen(os.memfd_create("jpeg"), "w+b") if hasattr(os, "memfd_create") else io.BytesIO() as file:
+        image.save(file, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_blocks=interval)
+        file.seek(0)
+        array = as_bytes(file.read())
+    info, status = kj.parse(array)
+    lengths = np.zeros(across // interval * down if interval else 0, np.int64)
+    if status != kj.OK or not interval or not kj.measure_segments(array, int(info[kj.SCAN_AT]), lengths):
+        return keep_jpeg(array)
+    scan = int(info[kj.SCAN_AT])
+    head = _stripped_header(array, info, drop_restarts=True)
+    return _with_index(lengths, head, interval, array[int(info[kj.SCAN_HEADER_AT]) : scan], array[scan:])
+
+
+def _with_index(
+    lengths: np.ndarray, head: bytes, interval: int, scan_header: np.ndarray, entropy_coded: np.ndarray
+) -> bytes:
+    """A JPEG whose restart index stands right behind SOI; ``lengths`` are the bytes of its segments."""
+    index = lengths.astype("<u2").tobytes()
+    length = 2 + len(kj.INDEX_NAME) + len(index)
+    return b"".join(
+        (
+            bytes((0xFF, 0xD8, 0xFF, kj.INDEX_MARKER)) + length.to_bytes(2, "big") + kj.INDEX_NAME,
+            index,
+            head,
+            b"\xff\xdd\x00\x04" + interval.to_bytes(2, "big"),
+            scan_header.tobytes(),
+            entropy_coded.tobytes(),
+        )
     )
-    return keep_jpeg(plain)
 
 
 def keep_jpeg(data: Any) -> bytes:
@@ -172,19 +228,10 @@ def keep_jpeg(data: Any) -> bytes:
         status = int(ks.add_restarts(array, info, interval, out, lengths, result))
         if status == ks.OK:
             size, replaced = int(result[0]), int(result[1])
-            index = lengths.astype("<u2").tobytes()
-            length = 2 + len(kj.INDEX_NAME) + len(index)
-            sos = int(info[kj.SCAN_HEADER_AT])
-            return b"".join(
-                (
-                    bytes((0xFF, 0xD8, 0xFF, kj.INDEX_MARKER)) + length.to_bytes(2, "big") + kj.INDEX_NAME,
-                    index,
-                    head,
-                    ks.standard_dc_segment(replaced) if replaced else b"",
-                    b"\xff\xdd\x00\x04" + interval.to_bytes(2, "big"),
-                    array[sos:scan].tobytes(),
-                    out[:size].tobytes(),
-                )
+            if replaced:
+                head += ks.standard_dc_segment(replaced)
+            return _with_index(
+                lengths, head, interval, array[int(info[kj.SCAN_HEADER_AT]) : scan], out[:size]
             )
         if status in (ks.BAD_CODE, ks.BAD_TABLE, ks.OVERRUN, ks.BAD_RESTART):
             raise CorruptError(ks.REASONS[status])
@@ -219,11 +266,11 @@ def resize(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _open(data: Any) -> Any:
     from PIL import Image
 
-    with warnings.catch_warnings():
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the size is checked below, by us
         try:
             return Image.open(io.BytesIO(bytes(memoryview(data))))
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        except (*_DAMAGE, Image.DecompressionBombError) as error:
             what = "it is empty" if not memoryview(data).nbytes else "it is not an image that can be read"
             detail = "" if "cannot identify" in str(error) else f" ({error})"
             raise CorruptError(what + detail) from error
@@ -252,10 +299,23 @@ def _to_rgb(image: Any) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _orientation(image: Any) -> int:
+def _says_all_first(image: Any, data: Any) -> bool:
+    """Whether a PNG has no metadata after its pixels, so that it need not be decoded to find its orientation."""
+    if image.format != "PNG":
+        return False
+    content = bytes(memoryview(data))
+    pixels = content.find(b"IDAT")
+    return all(content.find(name, pixels) < 0 for name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"))
+
+
+def _orientation(image: Any, header_only: bool = False) -> int:
+    from PIL import Image
+
     try:
-        value = int(image.getexif().get(0x0112, 1))
-    except (ValueError, TypeError, OSError, SyntaxError, KeyError, IndexError):
+        # A PNG's own getexif decodes the whole image to see what follows its pixels.
+        exif = Image.Image.getexif(image) if header_only else image.getexif()
+        value = int(exif.get(0x0112, 1))
+    except _DAMAGE:
         return 1  # damaged EXIF does not make the picture unreadable
     return value if 1 <= value <= 8 else 1
 

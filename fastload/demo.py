@@ -343,11 +343,13 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def _rows(f: dict[str, Any]) -> Iterator[str]:
+    from fastload.benchmarks.verdict import rate
+
     yield "Result"
     yield f"  test accuracy         {f['accuracy']:.2%} of {f['test_images']} digits ({f['train_model']})"
-    yield f"  loader alone          {f['loader_images_per_s']:,.0f} images/s (photographs, random crop 224, normalised)"
-    yield f"  model alone           {f['model_images_per_s']:,.0f} images/s ({f['bench_model']}, forward, backward, optimizer)"
-    yield f"  both together         {f['both_images_per_s']:,.0f} images/s, waiting for images {f['stall']:.1%} of the time"
+    yield f"  loader alone          {rate(f['loader_images_per_s'])} images/s (photographs, random crop 224, normalised)"
+    yield f"  model alone           {rate(f['model_images_per_s'])} images/s ({f['bench_model']}, forward, backward, optimizer)"
+    yield f"  both together         {rate(f['both_images_per_s'])} images/s, waiting for images {f['stall']:.1%} of the time"
     steps = ", ".join(f"{name} {value:.0f}" for name, value in f["seconds"].items())
     yield f"  seconds               {f['total_seconds']:.0f} in all ({steps})"
     for what, path in f["made"].items():

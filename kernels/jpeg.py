@@ -242,6 +242,32 @@ def crop(data, info, y0, x0, y1, x1, out, window):
     return OK
 
 
+@kernel
+def measure_segments(data, scan, lengths):
+    """Fill ``lengths`` (segments,) int64 with the bytes of each restart segment, its marker included, from byte ``scan``.
+
+    Returns False if there are not exactly that many, or one is longer than an index can say.
+    """
+    began = scan
+    found = 0
+    at = scan
+    while at + 1 < data.size:
+        if data[at] != 0xFF:
+            at += 1
+            continue
+        marker = data[at + 1]
+        at += 2
+        if 0xD0 <= marker <= 0xD7 or marker == 0xD9:
+            if found == lengths.size or at - began > 65535:
+                return False
+            lengths[found] = at - began
+            began = at
+            found += 1
+            if marker == 0xD9:
+                break
+    return found == lengths.size
+
+
 WHOLE = -1  # cut: the picture must be decoded as a whole
 
 

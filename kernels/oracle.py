@@ -38,7 +38,9 @@ def axis_matrix(start: float, stop: float, low: int, high: int, length: int, siz
     matrix = np.zeros((size, length))
     for i in range(size):
         centre = start + (i + 0.5) * scale
-        taps = np.arange(max(int(np.floor(centre - reach + 0.5)), low), min(int(np.floor(centre + reach + 0.5)), high))
+        taps = np.arange(
+            max(int(np.floor(centre - reach + 0.5)), low), min(int(np.floor(centre + reach + 0.5)), high)
+        )
         weights = np.maximum(1 - np.abs(taps + 0.5 - centre) / reach, 0)
         if weights.sum() > 0:
             matrix[i, taps] = weights / weights.sum()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
+
+# Before torch is imported: its threads would spin while the loader's work (see fastload.cli.main).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest

@@ -81,7 +81,9 @@ def test_a_broken_package_is_a_line_of_the_report(how: str, tmp_path: Path, monk
     source, words = BREAKAGES[how]
     package(tmp_path, "brokenpkg", source)
     package(tmp_path, "finepkg", "__version__ = '7.1'")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    )
     answers = doctor.run_tasks(["import:json", "import:brokenpkg", "import:finepkg", "import:neverheardof"])
     assert answers["import:json"]["ok"]
     assert not answers["import:brokenpkg"]["ok"]
@@ -92,7 +94,9 @@ def test_a_broken_package_is_a_line_of_the_report(how: str, tmp_path: Path, monk
 
 def test_a_package_that_hangs_costs_only_its_line(tmp_path: Path, monkeypatch) -> None:
     package(tmp_path, "hangingpkg", "import time; time.sleep(60)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    )
     answers = doctor.run_tasks(["import:hangingpkg", "import:json"], seconds=4)
     assert answers["import:hangingpkg"]["error"] == "no answer within 4 s"
     assert answers["import:json"]["ok"]

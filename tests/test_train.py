@@ -277,6 +277,10 @@ def test_a_folder_that_is_not_empty(trained, photos, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "copy")
     with pytest.raises(UsageError, match=r"--resume.*--overwrite"):
         Trainer(CFG).fit(photos, out=tmp_path / "copy")
+    before = sorted(path.name for path in (tmp_path / "copy").iterdir())
+    with pytest.raises(UsageError, match="test_resnot"):
+        Trainer(replace(CFG, model="test_resnot")).fit(photos, out=tmp_path / "copy", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == before  # a typo costs nothing
     run = Trainer(replace(CFG, epochs=1)).fit(photos, out=tmp_path / "copy", overwrite=True, progress=False)
     assert len(run.history) == 1
     with pytest.raises(UsageError, match="both"):

@@ -86,8 +86,8 @@ class Run:
         }  # fmt: skip
 
 
-def prepare(folder: str | Path, *, resume: bool, overwrite: bool) -> Path:
-    """The folder of a run, ready to be written. UsageError if it holds something that must not be lost."""
+def check_folder(folder: str | Path, *, resume: bool, overwrite: bool) -> Path:
+    """The folder of a run, that may be written. UsageError if it holds something that must not be lost."""
     folder = Path(folder)
     if resume and overwrite:
         raise UsageError("resume goes on with a run and overwrite starts it anew; give one of them, got both")
@@ -96,16 +96,18 @@ def prepare(folder: str | Path, *, resume: bool, overwrite: bool) -> Path:
     if not folder.is_dir() or not any(folder.iterdir()):
         return folder
     ours = (folder / CONFIG).is_file()
-    if resume and ours:
-        return folder
-    if not (overwrite and ours):
+    if not (ours and (resume or overwrite)):
         cure = "--resume goes on with it, --overwrite starts anew" if ours else "no run of fastload is in it"
         raise UsageError(
             f"the run folder is not empty ({cure}); give another one with -o, got {str(folder)!r}"
         )
+    return folder
+
+
+def clear(folder: Path) -> None:
+    """Remove the files of an earlier run, and nothing else."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    return folder
 
 
 def describe(folder: Path, config: Config, resolved: dict[str, Any], data: dict[str, Any], rows: Any) -> None:

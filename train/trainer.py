@@ -12,7 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,6 @@ from fastload.train.model import check_forward, create_model, normalisation, pic
 from fastload.train.step import Step, make_step
 
 LOOK_EVERY_S = 5.0  # how often the loss is looked at within an epoch: each look makes the device wait
-
-
-@dataclass
-class _Progress:
-    """How far a run is. ``epoch``: epochs done; ``history``: one line each; ``best``: the best of the lines."""
-
-    epoch: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
 
 
 class Trainer:
@@ -67,7 +57,7 @@ class Trainer:
         """
         cfg = self.cfg
         device = pick_device(cfg.device)
-        folder = runs.prepare(out, resume=resume, overwrite=overwrite)
+        folder = runs.check_folder(out, resume=resume, overwrite=overwrite)
         split = make_split(train, valid, cfg)
         state = checkpoint.load(folder / runs.LAST) if resume and (folder / runs.LAST).is_file() else None
         if state is not None:
@@ -75,120 +65,118 @@ class Trainer:
         gpus = [device.index] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus), contextlib.ExitStack() as stack:
             torch.manual_seed(cfg.seed)
-            model = create_model(cfg.model, len(split.classes), cfg.pretrained, cfg.size)
-            check_forward(model, cfg.model, cfg.size)
-            mean, std = normalisation(model)
-            feed, check = self._loaders(split, mean, std, device, stack)
-            if len(feed) == 0:
-                raise UsageError(
-                    f"no full batch in {len(split.train)} training images; lower --batch-size or leave drop_last out, "
-                    f"got batch_size {cfg.batch_size}"
-                )
-            steps = math.ceil(len(feed) / cfg.accumulate)
-            step = make_step(cfg, len(split.classes), device, model=model, steps_per_epoch=steps)
-            kept = {"config": cfg.to_dict(), "classes": split.classes, "mean": list(mean), "std": list(std)}
-            kept["split"] = split.digest()
-            done = _Progress()
-            if state is not None:
-                done = _restore(state, step, device)
-            resolved = {
-                "device": str(device), "amp": step.amp, "lr": cfg.peak_lr, "warmup_epochs": cfg.warmup,
-                "steps_per_epoch": steps, "mean": list(mean), "std": list(std), "groups": split.group_field,
-            }  # fmt: skip
-            sizes = {"train": str(split.train.path), "valid": str(split.valid.path)}
-            counts = {
-                "train_images": len(split.train),
-                "valid_images": len(split.valid),
-                "classes": split.classes,
-            }
-            runs.describe(folder, cfg, resolved, {**sizes, **counts}, split.rows())
             try:
-                while done.epoch < cfg.epochs:
-                    self._epoch(done, step, feed, check, split, kept, folder, progress)
+                session = _Session(cfg, split, folder, device, stack, progress)
+                if state is not None:
+                    session.restore(state)
+                if overwrite:  # not before everything that can be wrong with the call has been looked at
+                    runs.clear(folder)
+                session.describe()
+                while session.epoch < cfg.epochs:
+                    line = session.run_epoch()
                     if on_epoch is not None:
-                        on_epoch(done.history[-1])
+                        on_epoch(line)
             except torch.OutOfMemoryError as error:
                 raise UsageError(
-                    f"{device} has no memory for batches of {cfg.batch_size} images of {cfg.size} px; the same training "
-                    f"in less memory is --batch-size {max(1, cfg.batch_size // 2)} --accumulate {2 * cfg.accumulate}"
+                    f"{device} has no memory for batches of {cfg.batch_size} images of {cfg.size} px; the same optimizer "
+                    f"steps in less memory: --batch-size {max(1, cfg.batch_size // 2)} --accumulate {2 * cfg.accumulate}"
                 ) from error
-        if done.best is None:
-            raise DataError(f"{folder} holds no finished epoch; start it anew with --overwrite")
-        return runs.Run(
-            folder, cfg, split.classes, done.history, done.best, len(split.train), len(split.valid)
-        )
+        best = session.best or {}
+        return runs.Run(folder, cfg, split.classes, session.history, best, len(split.train), len(split.valid))
 
-    def _loaders(
+
+class _Session:
+    """One run in progress. ``epoch``: epochs done; ``history``: a line for each; ``best``: the best of the lines."""
+
+    def __init__(
         self,
+        cfg: Config,
         split: Split,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        folder: Path,
         device: torch.device,
         stack: contextlib.ExitStack,
-    ) -> tuple[Loader, Loader]:
-        """The loaders of the two sides, closed when ``stack`` is left."""
-        cfg = self.cfg
+        progress: bool,
+    ) -> None:
+        """Weights come from torch's random state; the loaders are closed when ``stack`` is left."""
+        self.cfg, self.split, self.folder, self.progress = cfg, split, folder, progress
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+        model = create_model(cfg.model, len(split.classes), cfg.pretrained, cfg.size)
+        check_forward(model, cfg.model, cfg.size)
+        self.mean, self.std = normalisation(model)
         where = None if device.type == "cpu" else str(device)
         # Batch norm cannot learn from a batch of one image, so such a tail is left out.
         lonely = len(split.train) > cfg.batch_size and len(split.train) % cfg.batch_size == 1
-        feed = Loader(
-            split.train, cfg.batch_size, transforms=train_pipeline(cfg, mean, std), shuffle=True, seed=cfg.seed,
-            threads=cfg.threads, drop_last=cfg.drop_last or lonely, device=where,
+        self.feed = Loader(
+            split.train, cfg.batch_size, transforms=train_pipeline(cfg, self.mean, self.std), shuffle=True,
+            seed=cfg.seed, threads=cfg.threads, drop_last=cfg.drop_last or lonely, device=where,
         )  # fmt: skip
-        stack.callback(feed.close)
-        check = Loader(
-            split.valid,
-            cfg.batch_size,
-            transforms=eval_pipeline(cfg, mean, std),
-            threads=cfg.threads,
+        stack.callback(self.feed.close)
+        self.check = Loader(
+            split.valid, cfg.batch_size, transforms=eval_pipeline(cfg, self.mean, self.std), threads=cfg.threads,
             device=where,
-        )
-        stack.callback(check.close)
-        return feed, check
+        )  # fmt: skip
+        stack.callback(self.check.close)
+        if len(self.feed) == 0:
+            raise UsageError(
+                f"no full batch in {len(split.train)} training images; lower --batch-size or leave --drop-last out, "
+                f"got batch_size {cfg.batch_size}"
+            )
+        self.steps = math.ceil(len(self.feed) / cfg.accumulate)
+        self.step = make_step(cfg, len(split.classes), device, model=model, steps_per_epoch=self.steps)
+        self.kept = {
+            "config": cfg.to_dict(), "classes": split.classes, "mean": list(self.mean), "std": list(self.std),
+            "split": split.digest(),
+        }  # fmt: skip
 
-    def _epoch(
-        self,
-        done: _Progress,
-        step: Step,
-        feed: Loader,
-        check: Loader,
-        split: Split,
-        kept: dict[str, Any],
-        folder: Path,
-        progress: bool,
-    ) -> None:
-        """One epoch: learn, validate, write. ``last.pt`` comes last: a run killed before it repeats the epoch whole."""
-        cfg, start = self.cfg, time.perf_counter()
-        line: dict[str, Any] = {"epoch": done.epoch + 1, "lr": step.optimizer.param_groups[0]["lr"]}
-        line |= _learn(step, feed, done.epoch, cfg.epochs, progress)
+    def describe(self) -> None:
+        """Write what will be trained, on what."""
+        cfg, split = self.cfg, self.split
+        resolved = {
+            "device": str(self.step.device), "amp": self.step.amp, "lr": cfg.peak_lr, "warmup_epochs": cfg.warmup,
+            "steps_per_epoch": self.steps, "mean": list(self.mean), "std": list(self.std), "groups": split.group_field,
+        }  # fmt: skip
+        data = {
+            "train": split.train.path, "valid": split.valid.path, "train_images": len(split.train),
+            "valid_images": len(split.valid), "classes": split.classes,
+        }  # fmt: skip
+        runs.describe(self.folder, cfg, resolved, data, split.rows())
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a loaded ``last.pt``, with its weights and its random state."""
+        self.step.load_state_dict(state["step"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.step.device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.step.device)
+        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+
+    def run_epoch(self) -> dict[str, Any]:
+        """Learn, validate, write. ``last.pt`` comes last: a run killed before it repeats the epoch whole."""
+        cfg, split, step, start = self.cfg, self.split, self.step, time.perf_counter()
+        line: dict[str, Any] = {"epoch": self.epoch + 1, "lr": step.optimizer.param_groups[0]["lr"]}
+        line |= _learn(step, self.feed, self.epoch, cfg.epochs, self.progress)
         probs = infer(
-            step.best_model, check, step.device, total=len(split.valid), amp=step.amp, layout=step.layout,
-            label="validate", progress=progress,
+            step.best_model, self.check, step.device, total=len(split.valid), amp=step.amp, layout=step.layout,
+            label="validate", progress=self.progress,
         )  # fmt: skip
         if not np.isfinite(probs).all():
-            raise _diverged(done.epoch)
+            raise _diverged(self.epoch)
         score = metrics.summary(split.valid_labels, probs)
         line |= {"valid_loss": score["loss"], "accuracy": score["accuracy"], "macro_f1": score["macro_f1"]}
         line["seconds"] = time.perf_counter() - start
-        done.epoch += 1
-        done.history.append(line)
-        if _better(line, done.best, cfg.metric):
-            done.best = line
-            runs.write_probs(folder, split.valid.ids, split.valid_labels, probs, split.classes)
-            best = {**kept, "weights": step.best_model.state_dict(), "epoch": done.epoch, "scores": line}
-            checkpoint.save(folder / runs.BEST, best)
-        runs.write_log(folder, done.history)
-        checkpoint.save(
-            folder / runs.LAST,
-            {
-                **kept,
-                "step": step.state_dict(),
-                "random": _random_state(step.device),
-                "epoch": done.epoch,
-                "history": done.history,
-                "best": done.best,
-            },
-        )
+        self.epoch += 1
+        self.history.append(line)
+        if _better(line, self.best, cfg.metric):
+            self.best = line
+            runs.write_probs(self.folder, split.valid.ids, split.valid_labels, probs, split.classes)
+            best = {**self.kept, "weights": step.best_model.state_dict(), "epoch": self.epoch, "scores": line}
+            checkpoint.save(self.folder / runs.BEST, best)
+        runs.write_log(self.folder, self.history)
+        progress = {"epoch": self.epoch, "history": self.history, "best": self.best}
+        state = {"step": step.state_dict(), "random": _random_state(step.device)}
+        checkpoint.save(self.folder / runs.LAST, {**self.kept, **progress, **state})
+        return line
 
 
 def _learn(step: Step, feed: Loader, epoch: int, epochs: int, progress: bool) -> dict[str, float]:
@@ -249,15 +237,6 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
-
-
-def _restore(state: dict[str, Any], step: Step, device: torch.device) -> _Progress:
-    """Put a loaded ``last.pt`` into ``step`` and torch's random state."""
-    step.load_state_dict(state["step"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if device.type == "cuda" and "cuda" in state["random"]:
-        torch.cuda.set_rng_state(state["random"]["cuda"], device)
-    return _Progress(state["epoch"], state["history"], state["best"])
 
 
 def _check_same(state: dict[str, Any], cfg: Config, split: Split, folder: Path) -> None:

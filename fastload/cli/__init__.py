@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 import traceback
 
@@ -64,6 +65,9 @@ def cli(debug: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``fastload`` command."""
+    # torch's OpenMP threads spin while they wait, and starve the loader's threads on a machine of few cores. Read when
+    # torch is imported, which the commands do later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = sys.argv[1:] if argv is None else argv
     debug = "--debug" in args
     try:

@@ -75,9 +75,6 @@ def command(
     **options: Any,
 ) -> None:
     """Train a timm model on DATA (.beton) and write a run folder."""
-    # Before torch is imported: its threads must not spin while they wait, or they take the cores from the loader's.
-    # Measured with one other busy thread on 2 cores: steps of a small model 5 to 10 times faster.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fastload.train import Trainer
     from fastload.train.data import TrainWarning
     from fastload.train.runs import CONFIG, read_config
