@@ -30,6 +30,7 @@ from fastload.beton import Field, Writer
 from fastload.convert_image import ImageOptions, Stored, store_image
 from fastload.errors import CorruptError, DataError, UsageError, unknown
 from fastload.sources import Sample, Source, SourceOptions, open_source
+from fastload.system import usable_cores
 
 _TASK_BYTES = 1 << 18  # images of one task: many small ones, or a single large one
 _TASK_IMAGES = 32
@@ -68,7 +69,7 @@ class ConvertOptions:
         """Worker threads: as asked, or one for each core this process may use."""
         if self.workers is not None:
             return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cores()
 
 
 def make_options(**options: Any) -> ConvertOptions:

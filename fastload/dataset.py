@@ -16,6 +16,7 @@ import numpy as np
 from fastload import beton, codecs
 from fastload.beton import EncodedImage, Field
 from fastload.errors import CorruptError, DataError, FastloadError, UsageError, unknown
+from fastload.system import usable_cores
 
 
 def open(path: str | os.PathLike[str]) -> Dataset:
@@ -108,10 +109,15 @@ class Dataset(Sequence[dict[str, Any]]):
 
     def locate_base(self, base: int) -> tuple[beton.Reader, int]:
         """The same for a base index."""
-        if len(self._readers) == 1:
-            return self._readers[0], base
-        file = int(np.searchsorted(self._starts, base, side="right")) - 1
-        return self._readers[file], base - int(self._starts[file])
+        file = int(np.searchsorted(self._starts, base, side="right")) - 1 if len(self._readers) > 1 else 0
+        reader, at = self._readers[file], base - int(self._starts[file])
+        if at >= reader.num_samples:
+            raise self._closed(reader)
+        return reader, at
+
+    @staticmethod
+    def _closed(reader: beton.Reader) -> UsageError:
+        return UsageError(f"{reader.path} is closed; open it again, or read it before its `with` block ends")
 
     def encoded(self, index: int) -> EncodedImage:
         """The encoded image of a sample, its bytes a view into the file."""
@@ -185,6 +191,9 @@ class Dataset(Sequence[dict[str, Any]]):
         return np.array(parts, self._readers[0].column(name).dtype)
 
     def _gather(self, parts: list[np.ndarray]) -> np.ndarray:
+        for reader, part, size in zip(self._readers, parts, np.diff(self._starts)):
+            if len(part) != size:
+                raise self._closed(reader)
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return whole if self._view is None else whole[self._view]
 
@@ -339,7 +348,7 @@ def verify(dataset: Dataset | str | os.PathLike[str], progress: bool = False) ->
         for section in reader.damaged_sections()
     ]
     has = False
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, 16)) as pool:
+    with ThreadPoolExecutor(max_workers=usable_cores()) as pool:
         chunk = 4096  # keeps the queue of futures short on files of millions
         with tqdm(total=len(ds), desc="verify", unit="img", disable=not progress) as bar:
             for start in range(0, len(ds), chunk):

@@ -89,10 +89,11 @@ class Plan:
         self.mixers = [s for s in self.specs if isinstance(s, (T.Mixup, T.CutMix))]
         self._check()
         self.size = self._output_size()
-        self._streams = {id(spec): number for number, spec in enumerate(self.specs, 1)}
-        self._flips = [s for s in self.specs if isinstance(s, (T.HorizontalFlip, T.VerticalFlip))]
-        self._colours = [s for s in self.specs if isinstance(s, (T.ColorJitter, T.Grayscale))]
-        self._erasers = [s for s in self.specs if isinstance(s, (T.RandomErasing, T.Cutout))]
+        # A step's stream of random numbers is its place in the pipeline, so the same step twice draws twice.
+        steps = list(enumerate(self.specs, 1))
+        self._flips = [(n, s) for n, s in steps if isinstance(s, (T.HorizontalFlip, T.VerticalFlip))]
+        self._colours = [(n, s) for n, s in steps if isinstance(s, (T.ColorJitter, T.Grayscale))]
+        self._erasers = [(n, s) for n, s in steps if isinstance(s, (T.RandomErasing, T.Cutout))]
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -104,7 +105,7 @@ class Plan:
         """Colour of each eraser, (K, 3) uint8."""
         mean = np.zeros(3) if self.normalize is None else np.asarray(self.normalize.mean)
         default = np.clip(np.rint(mean * 255), 0, 255).astype(np.uint8)
-        fills = [default if s.value is None else np.array(s.value, np.uint8) for s in self._erasers]
+        fills = [default if s.value is None else np.array(s.value, np.uint8) for _, s in self._erasers]
         return np.array(fills, np.uint8).reshape(-1, 3)
 
     def _check(self) -> None:
@@ -140,9 +141,6 @@ class Plan:
         size: tuple[int, int] = last.size
         return size
 
-    def _uniforms(self, spec: T.Spec, seed: int, epoch: int, samples: np.ndarray, count: int) -> np.ndarray:
-        return rng.uniforms(seed, epoch, samples, self._streams[id(spec)], count)
-
     def draw(
         self, seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray
     ) -> Table:
@@ -156,16 +154,16 @@ class Plan:
             out_h, out_w = self.size
         box, clip, place = self._boxes(seed, epoch, samples, heights, widths)
         flips = np.zeros(count, np.int64)
-        for flip in self._flips:
+        for stream, flip in self._flips:
             bit = FLIP_HORIZONTAL if isinstance(flip, T.HorizontalFlip) else FLIP_VERTICAL
-            flips ^= np.where(self._uniforms(flip, seed, epoch, samples, 1)[:, 0] < flip.p, bit, 0)
+            flips ^= np.where(rng.uniforms(seed, epoch, samples, stream, 1)[:, 0] < flip.p, bit, 0)
         # A flip mirrors the place that is filled, too.
         place[:, 0] = np.where(flips & FLIP_VERTICAL, out_h - place[:, 0] - place[:, 2], place[:, 0])
         place[:, 1] = np.where(flips & FLIP_HORIZONTAL, out_w - place[:, 1] - place[:, 3], place[:, 1])
         colour, coloured = self._colour(seed, epoch, samples)
         erase = np.zeros((count, len(self._erasers), 4), np.int64)
-        for k, eraser in enumerate(self._erasers):
-            erase[:, k] = _erase_boxes(eraser, self._uniforms(eraser, seed, epoch, samples, 32), out_h, out_w)
+        for k, (stream, eraser) in enumerate(self._erasers):
+            erase[:, k] = _erase_boxes(eraser, rng.uniforms(seed, epoch, samples, stream, 32), out_h, out_w)
         mix, mix_box = self._mix(seed, epoch, samples, out_h, out_w)
         keys = None
         if self.per_image:
@@ -186,7 +184,7 @@ class Plan:
         out_h, out_w = last.size
         if isinstance(first, T.RandomResizedCrop):
             crops = _resized_crops(
-                first, self._uniforms(first, seed, epoch, samples, 4 * _ATTEMPTS), heights, widths
+                first, rng.uniforms(seed, epoch, samples, 1, 4 * _ATTEMPTS), heights, widths
             )
             return crops.astype(np.float64), crops, np.tile(np.array([0, 0, out_h, out_w]), (count, 1))
         if isinstance(first, T.Resize):
@@ -199,7 +197,7 @@ class Plan:
         else:
             new_h, new_w = heights, widths
         if isinstance(last, T.RandomCrop):
-            u = self._uniforms(last, seed, epoch, samples, 2)
+            u = rng.uniforms(seed, epoch, samples, len(self.geometry), 2)
             top = _random_offsets(u[:, 0], new_h, out_h, last.padding)
             left = _random_offsets(u[:, 1], new_w, out_w, last.padding)
         elif isinstance(last, T.CenterCrop):
@@ -223,8 +221,8 @@ class Plan:
             return None, coloured
         state = np.zeros((count, 3, 7))  # pixel, mean, constant
         state[:, :, :3] = np.eye(3)
-        for spec in self._colours:
-            u = self._uniforms(spec, seed, epoch, samples, 9)
+        for stream, spec in self._colours:
+            u = rng.uniforms(seed, epoch, samples, stream, 9)
             active = u[:, 0] < spec.p
             coloured |= active
             if isinstance(spec, T.Grayscale):

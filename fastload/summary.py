@@ -172,7 +172,7 @@ def _pixel_statistics(
             total=len(chosen),
             desc="pixels",
             unit="img",
-            disable=not progress,
+            disable=not progress or not len(chosen),
             leave=False,
         ):
             total += part

@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest
+
 from fastload import beton, codecs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -21,7 +22,11 @@ def make_picture(height, width, seed=0):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     phase = rng.uniform(0, 6, 3)
-    base = 127 + 60 * np.sin(y / (6 + seed % 5))[..., None] + 55 * np.cos(x[..., None] / (5 + np.arange(3)) + phase)
+    base = (
+        127
+        + 60 * np.sin(y / (6 + seed % 5))[..., None]
+        + 55 * np.cos(x[..., None] / (5 + np.arange(3)) + phase)
+    )
     return np.clip(base + rng.normal(0, 8, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
@@ -35,7 +40,10 @@ def make_beton(path, count=20, classes=4, store="jpeg", size=None, seed=0, extra
         pixels = make_picture(height, width, seed * 1000 + i)
         raw = store == "raw" or (store == "mixed" and i % 2)
         data = pixels if raw else codecs.encode_jpeg(pixels)
-        values = {"image": beton.EncodedImage("raw" if raw else "jpeg", height, width, data), "label": i % classes}
+        values = {
+            "image": beton.EncodedImage("raw" if raw else "jpeg", height, width, data),
+            "label": i % classes,
+        }
         for field in extra:
             if field.kind == "int":
                 values[field.name] = i * 10

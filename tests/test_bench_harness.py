@@ -160,7 +160,7 @@ def test_equal_work_passes() -> None:
 @pytest.mark.parametrize(
     "theirs",
     [
-        work(3.0),
+        work(3.5),
         work(contrast=60.0),
         work(labels=[0, 0]),
         work(shapes=[[112, 112, 3]]),

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import simplejpeg
+
 from fastload import beton, codecs, dataset
 from fastload.beton import EncodedImage, Field, layout
 from fastload.errors import CorruptError, DataError, FastloadError, UsageError
@@ -76,12 +77,19 @@ def test_ffcv_decodes_our_jpeg_to_the_same_pixels(beton_file):
 
     path = beton_file(count=12, size=(48, 80))
     loader = Loader(
-        path, 12, 1, order=OrderOption.SEQUENTIAL, pipelines={"image": [SimpleRGBImageDecoder()]}, drop_last=False
+        path,
+        12,
+        1,
+        order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [SimpleRGBImageDecoder()]},
+        drop_last=False,
     )
     theirs = next(iter(loader))[0]
     ds = dataset.open(path)
     # FFCV asks libjpeg-turbo for the fast inverse DCT and smooth chroma; so asked, it gives the same bits here.
-    same = [simplejpeg.decode_jpeg(ds.encoded(i).data, "RGB", fastdct=True, fastupsample=False) for i in range(12)]
+    same = [
+        simplejpeg.decode_jpeg(ds.encoded(i).data, "RGB", fastdct=True, fastupsample=False) for i in range(12)
+    ]
     assert np.array_equal(np.stack(same), theirs)
 
 
@@ -119,7 +127,11 @@ def test_we_read_files_that_ffcv_wrote(tmp_path, mode, workers, picture):
             exact = picture(30 + i, 50, i)
             difference = np.abs(sample["image"].astype(int) - exact)
             assert difference.max() == 0 if ds.modes[i] == layout.RAW else difference.mean() < 12
-            assert sample["real"] == i / 2 and sample["text"] == f"text {i}".encode() and sample["meta"] == {"n": i}
+            assert (
+                sample["real"] == i / 2
+                and sample["text"] == f"text {i}".encode()
+                and sample["meta"] == {"n": i}
+            )
             assert np.array_equal(sample["grid"], np.full((2, 2), i))
         assert {"jpg": {0}, "raw": {1}}.get(mode, {0, 1}) == set(ds.modes.tolist())
         assert dataset.verify(ds).ok and not dataset.verify(ds).has_checksums
@@ -208,6 +220,32 @@ def test_the_writer_refuses_what_the_format_cannot_hold(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"real": "abc"}, "takes a float"),
+        ({"number": np.float32(3.7)}, "takes a int"),
+        ({"number": "7"}, "takes a int"),
+        ({"number": None}, "takes a int"),
+        ({"id": "b\udc80"}, "Unicode"),
+    ],
+)
+def test_a_sample_that_is_refused_leaves_the_file_whole(tmp_path, wrong, words):
+    path = tmp_path / "a.beton"
+    writer = beton.Writer(path, [Field("image", "image"), Field("real", "float"), Field("number", "int")], 3)
+    image = EncodedImage("raw", 4, 4, bytes(48))
+    good = {"image": image, "real": 1.5, "number": 7}
+    writer.add(good, id="0", source="")
+    with pytest.raises(DataError, match=words):
+        writer.add(
+            {**good, **{k: v for k, v in wrong.items() if k != "id"}}, id=wrong.get("id", "1"), source=""
+        )
+    writer.add(good, id="2", source="")
+    writer.finish({})
+    with dataset.open(path) as ds:
+        assert list(ds.ids) == ["0", "2"] and dataset.verify(ds).ok and ds[1]["number"] == 7
+
+
+@pytest.mark.parametrize(
     ("damage", "words"),
     [
         (lambda b: b[:10], "not a .beton"),
@@ -248,7 +286,11 @@ def _everything(ds):
     for i in range(min(len(ds), 25)):
         try:
             sample = ds[i]
-            yield i, {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in sample.items()}, ds.ids[i]
+            yield (
+                i,
+                {k: v.tobytes() if isinstance(v, np.ndarray) else v for k, v in sample.items()},
+                ds.ids[i],
+            )
         except FastloadError as error:
             yield i, type(error), None
 

@@ -3,16 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from torchvision.transforms import v2
+
 from fastload import transforms as T
 from fastload.draws import Plan
 from fastload.errors import UsageError
-from scipy import stats
-from torchvision.transforms import v2
 
 
 def draw(pipeline, count=1000, height=300, width=400, **key):
     samples = np.arange(count)
-    return Plan(pipeline).draw(key.get("seed", 0), key.get("epoch", 0), samples, np.full(count, height), np.full(count, width))
+    return Plan(pipeline).draw(
+        key.get("seed", 0), key.get("epoch", 0), samples, np.full(count, height), np.full(count, width)
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (500, 90), (30, 700), (1, 1), (7, 3)])
@@ -42,10 +45,14 @@ def test_resize_and_centre_crop_are_torchvisions_geometry(height, width, size):
     scale = 256 / min(height, width)
     new_h = 256 if height <= width else int(256 * height / width)
     new_w = 256 if width <= height else int(256 * width / height)
-    grid = torch.stack(torch.meshgrid(torch.arange(1.0, new_h + 1), torch.arange(1.0, new_w + 1), indexing="ij"))
+    grid = torch.stack(
+        torch.meshgrid(torch.arange(1.0, new_h + 1), torch.arange(1.0, new_w + 1), indexing="ij")
+    )
     theirs = v2.CenterCrop(size)(grid)
     top, left = table.box[0, 0] * new_h / height, table.box[0, 1] * new_w / width
-    assert theirs[0, y, x] == pytest.approx(top + 1, abs=1e-6) and theirs[1, y, x] == pytest.approx(left + 1, abs=1e-6)
+    assert theirs[0, y, x] == pytest.approx(top + 1, abs=1e-6) and theirs[1, y, x] == pytest.approx(
+        left + 1, abs=1e-6
+    )
     assert (theirs[0] > 0).sum() == h * w
     assert scale > 0 and (table.clip[0] == (0, 0, height, width)).all()
 
@@ -60,7 +67,9 @@ def test_random_crop_with_padding_covers_all_offsets_equally():
 
 
 def test_flips_and_erasing_come_as_often_as_asked():
-    table = draw([T.RandomResizedCrop(64), T.HorizontalFlip(0.5), T.VerticalFlip(0.1), T.RandomErasing(0.25)], 20000)
+    table = draw(
+        [T.RandomResizedCrop(64), T.HorizontalFlip(0.5), T.VerticalFlip(0.1), T.RandomErasing(0.25)], 20000
+    )
     assert abs((table.flips & 1).mean() - 0.5) < 0.02 and abs((table.flips >> 1).mean() - 0.1) < 0.01
     boxes = table.erase[:, 0]
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 64**2
@@ -167,3 +176,10 @@ def test_json_round_trip_and_unknown_names():
         T.from_json([{"type": "HorizontalFlip", "q": 1}])
     with pytest.raises(UsageError, match="cannot be written"):
         T.to_json([T.PerImage(len)])
+
+
+def test_the_same_step_twice_draws_twice():
+    eraser, flip = T.Cutout(8), T.HorizontalFlip()
+    table = draw([T.CenterCrop(32), flip, flip, eraser, eraser])
+    assert 0.4 < (table.flips & 1).mean() < 0.6
+    assert (table.erase[:, 0] != table.erase[:, 1]).any(axis=1).mean() > 0.9

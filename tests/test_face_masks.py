@@ -17,7 +17,9 @@ LABELS = r"regex:(?P<label>[^/]+)/(?P<group>.+?)( copy.*)?\.\w+$"
 def folder(tmp_path_factory, shared_data):
     root = tmp_path_factory.mktemp("masks")
     with tarfile.open(shared_data("face_masks.tar")) as archive:
-        archive.extractall(root, filter="data") if hasattr(tarfile, "data_filter") else archive.extractall(root)
+        archive.extractall(root, filter="data") if hasattr(tarfile, "data_filter") else archive.extractall(
+            root
+        )
     return root
 
 
@@ -25,7 +27,12 @@ def run(folder, *args):
     """One command; its standard output and the JSON object on the last line."""
     env = {**os.environ, "COLUMNS": "100"}
     done = subprocess.run(
-        [sys.executable, "-m", "fastload", *args], cwd=folder, env=env, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "fastload", *args],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -45,7 +52,9 @@ def test_the_whole_job(folder):
 
     assert run(folder, "verify", "masks.beton", "--json")["bad"] == []
 
-    bench = run(folder, "bench", "masks.beton", "--model", "test_resnet", "--size", "96", "--seconds", "4", "--json")
+    bench = run(
+        folder, "bench", "masks.beton", "--model", "test_resnet", "--size", "96", "--seconds", "4", "--json"
+    )
     assert bench["verdict"]
 
     trained = run(

@@ -9,10 +9,11 @@ import struct
 import zlib
 from pathlib import Path
 
-import fastload
 import numpy as np
 import pytest
 from PIL import Image
+
+import fastload
 
 GOLDEN = Path(__file__).parent / "golden" / "v1.beton"
 DOC = Path(__file__).parents[1] / "docs" / "format.md"

@@ -5,12 +5,13 @@ import io
 import numpy as np
 import pytest
 import simplejpeg
-from fastload import codecs
-from fastload.errors import CorruptError
-from fastload.kernels import jpeg, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from fastload import codecs
+from fastload.errors import CorruptError
+from fastload.kernels import jpeg, oracle
 
 
 def picture(height, width, seed=0):
@@ -83,7 +84,9 @@ def test_any_restart_interval_that_tiles_the_rows(mcus_x, data):
     segments = oracle.restart_segments(encoded)
     lengths = np.array([len(s) + 2 for s in segments], "<u2").tobytes()
     length = (2 + len(jpeg.INDEX_NAME) + len(lengths)).to_bytes(2, "big")
-    indexed = encoded[:2] + bytes((0xFF, jpeg.INDEX_MARKER)) + length + jpeg.INDEX_NAME + lengths + encoded[2:]
+    indexed = (
+        encoded[:2] + bytes((0xFF, jpeg.INDEX_MARKER)) + length + jpeg.INDEX_NAME + lengths + encoded[2:]
+    )
     y, x = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     status, found, small = cut(indexed, height, width, (y, x, y + 20, x + 20))
     assert status == jpeg.OK
@@ -131,7 +134,9 @@ def test_metadata_goes_and_the_colour_space_stays():
     exif[0x010E] = "secret place"
     original = encode(picture(40, 40), exif=exif, comment=b"a comment", icc_profile=b"x" * 500)
     kept = codecs.keep_jpeg(original)
-    assert b"secret" not in kept and b"a comment" not in kept and b"ICC_PROFILE" not in kept and b"JFIF" in kept
+    assert (
+        b"secret" not in kept and b"a comment" not in kept and b"ICC_PROFILE" not in kept and b"JFIF" in kept
+    )
 
 
 def test_progressive_is_not_keepable_and_comes_back_without_markers():
@@ -140,7 +145,9 @@ def test_progressive_is_not_keepable_and_comes_back_without_markers():
     assert np.array_equal(decode(codecs.keep_jpeg(data)), decode(data))
 
 
-@pytest.mark.parametrize(("mcus", "mcu"), [(1, 16), (7, 16), (13, 16), (31, 16), (32, 16), (24, 16), (63, 8), (4096, 16)])
+@pytest.mark.parametrize(
+    ("mcus", "mcu"), [(1, 16), (7, 16), (13, 16), (31, 16), (32, 16), (24, 16), (63, 8), (4096, 16)]
+)
 def test_interval_divides_the_row_and_fits_the_index(mcus, mcu):
     for rows in (1, 40, 4096):
         interval = jpeg.choose_interval(mcus, rows, mcu)

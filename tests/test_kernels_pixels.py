@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as tv
+
 from fastload import draws, transforms
 from fastload.kernels import oracle, pixels
-from torchvision.transforms.v2 import functional as tv
 
 
 @pytest.fixture
@@ -26,7 +27,14 @@ def test_recolour_equals_the_oracle(image):
 
 @pytest.mark.parametrize(
     ("name", "factor"),
-    [("brightness", 0.6), ("brightness", 1.2), ("contrast", 0.5), ("contrast", 1.4), ("saturation", 0.0), ("saturation", 1.7)],
+    [
+        ("brightness", 0.6),
+        ("brightness", 1.2),
+        ("contrast", 0.5),
+        ("contrast", 1.4),
+        ("saturation", 0.0),
+        ("saturation", 1.7),
+    ],
 )
 def test_colour_jitter_equals_torchvision(image, name, factor):
     # Middle tones, so that torchvision's cut to 0..255 after each operation cuts nothing.
@@ -52,7 +60,9 @@ def test_hue_keeps_grey_and_comes_round(image):
 
 def test_grayscale_equals_torchvision(image):
     plan = draws.Plan([transforms.Grayscale(p=1.0)])
-    pixels.recolour(ours := image.copy(), plan.draw(0, 0, np.arange(1), np.array([37]), np.array([53])).colour[0])
+    pixels.recolour(
+        ours := image.copy(), plan.draw(0, 0, np.arange(1), np.array([37]), np.array([53])).colour[0]
+    )
     theirs = tv.rgb_to_grayscale(torch.from_numpy(image).permute(2, 0, 1), 3).permute(1, 2, 0).numpy()
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 

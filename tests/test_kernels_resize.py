@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from fastload.kernels import oracle, resize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from fastload.kernels import oracle, resize
 
 
 def picture(height, width, channels=3, seed=0):

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from fastload.kernels import oracle, rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastload.kernels import oracle, rng
 
 # Random123's known answers for philox4x32-10.
 VECTORS = [
@@ -37,7 +38,11 @@ def test_uniforms_equal_the_oracle(seed, epoch, stream, count):
 def test_streams_epochs_and_seeds_differ_and_are_uniform():
     samples = np.arange(20000, dtype=np.uint64)
     base = rng.uniforms(1, 0, samples, 1, 4)
-    for other in (rng.uniforms(2, 0, samples, 1, 4), rng.uniforms(1, 1, samples, 1, 4), rng.uniforms(1, 0, samples, 2, 4)):
+    for other in (
+        rng.uniforms(2, 0, samples, 1, 4),
+        rng.uniforms(1, 1, samples, 1, 4),
+        rng.uniforms(1, 0, samples, 2, 4),
+    ):
         assert abs(np.corrcoef(base.ravel(), other.ravel())[0, 1]) < 0.02
     counts, _ = np.histogram(base, 64, (0, 1))
     chi = ((counts - counts.mean()) ** 2 / counts.mean()).sum()

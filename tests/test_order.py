@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from fastload.errors import UsageError
-from fastload.order import Order, balanced_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fastload.errors import UsageError
+from fastload.order import Order, balanced_weights
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1), st.integers(0, 50), st.integers(1, 9), st.booleans())

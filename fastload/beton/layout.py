@@ -88,7 +88,9 @@ class Field:
             if np.dtype(self.dtype).kind not in "biufc":
                 raise UsageError(f"an ndarray field holds plain numbers, got dtype {self.dtype!r}")
             if self.nbytes > MAX_PAGE:
-                raise UsageError(f"an array of shape {self.shape} is larger than the format's largest page (2 GiB)")
+                raise UsageError(
+                    f"an array of shape {self.shape} is larger than the format's largest page (2 GiB)"
+                )
 
     @property
     def nbytes(self) -> int:

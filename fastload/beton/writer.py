@@ -1,7 +1,8 @@
 """Writing a `.beton` file: sample after sample, in flat memory, resumable after a kill, visible only when whole.
 
 The data go to ``PATH.partial`` and what is known of each sample to ``PATH.journal``; ``finish`` adds the index and renames.
-A process that was killed leaves both, and a writer with ``resume=True`` goes on after the last sample in the journal.
+A process that was killed leaves both, and a writer with ``resume=True`` goes on after the last sample in the journal. Only
+``finish`` waits for the disk: after a power failure a journal may promise data that never arrived, so start again then.
 
 >>> writer = Writer("a.beton", [Field("image", "image"), Field("label", "int")], capacity=2)
 """
@@ -87,11 +88,40 @@ class Writer:
         """Append one sample; ``values`` has one entry a field (see :class:`Field`)."""
         if self.count >= self.capacity:
             raise UsageError(f"the file was made for {self.capacity} samples, and this is one more")
+        # All that can fail comes first: a sample is written whole or not at all.
         blobs = [_to_bytes(field, values) for field in self.fields]
-        total = sum(max(memoryview(b).nbytes, 1) for b in blobs if b is not None)
-        start = self._place(total)
-        if start != self._offset:
-            self._file.write(bytes(start - self._offset))
+        try:
+            id_bytes, source_bytes = id.encode(), source.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the id {id!r} or source {source!r} is not Unicode text ({error})") from error
+        start = self._place(sum(max(memoryview(b).nbytes, 1) for b in blobs if b is not None))
+        row, entries = self._layout(values, blobs, start)
+        row_bytes = row.tobytes()
+        crc = zlib.crc32(row_bytes)
+        self._file.write(bytes(start - self._offset))
+        at = start
+        for blob in blobs:
+            if blob is not None:
+                crc = zlib.crc32(blob, crc)
+                size = memoryview(blob).nbytes
+                # Empty values take one byte too, so that no two allocations share an address.
+                self._file.write(blob if size else b"\0")
+                at += max(size, 1)
+        self._offset = at
+        self._keep(row_bytes, entries.tobytes(), crc, id_bytes, source_bytes)
+        self._log(
+            b"S"
+            + struct.pack("<IIQQ", crc, len(id_bytes), at, self._page)
+            + row_bytes
+            + entries.tobytes()
+            + id_bytes
+            + source_bytes
+        )
+
+    def _layout(
+        self, values: Mapping[str, Any], blobs: Sequence[Any], start: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The row (1,) and allocation entries (K,) of a sample whose values are laid end to end from ``start``."""
         row = np.zeros(1, self._dtype)
         entries = np.zeros(sum(b is not None for b in blobs), layout.ALLOCATION)
         at, slot = start, 0
@@ -114,25 +144,8 @@ class Writer:
                 row[name] = (at, size)
             entries[slot] = (self.count, at, size)
             slot += 1
-            # Empty values take one byte too, so that no two allocations share an address.
-            self._file.write(blob if size else b"\0")
             at += max(size, 1)
-        row_bytes = row.tobytes()
-        crc = zlib.crc32(row_bytes)
-        for blob in blobs:
-            if blob is not None:
-                crc = zlib.crc32(blob, crc)
-        self._offset = at
-        self._keep(row_bytes, entries.tobytes(), crc, id, source)
-        id_bytes = id.encode()
-        self._log(
-            b"S"
-            + struct.pack("<IIQQ", crc, len(id_bytes), at, self._page)
-            + row_bytes
-            + entries.tobytes()
-            + id_bytes
-            + source.encode()
-        )
+        return row, entries
 
     def skip(self, record: dict[str, Any]) -> None:
         """Note a source item that becomes no sample: JSON-able, with ``id``, ``source`` and ``reason``."""
@@ -200,13 +213,13 @@ class Writer:
             return _align(self._offset, self._page)
         return self._offset
 
-    def _keep(self, row: bytes, entries: bytes, crc: int, id: str, source: str) -> None:
+    def _keep(self, row: bytes, entries: bytes, crc: int, id: bytes, source: bytes) -> None:
         self._rows += row
         self._allocations += entries
         self._crcs += struct.pack("<I", crc)
         for what, text in (("id", id), ("source", source)):
             ends, joined = self._names[what]
-            joined += text.encode()
+            joined += text
             ends += struct.pack("<Q", len(joined))
         self._same_names &= id == source
         self.count += 1
@@ -262,7 +275,7 @@ class Writer:
                     break  # the data of this sample never reached the disk
                 cut = [25, 25 + row_size, 25 + row_size + slots * entry_size]
                 row, entries, names = payload[cut[0] : cut[1]], payload[cut[1] : cut[2]], payload[cut[2] :]
-                self._keep(row, entries, crc, names[:id_size].decode(), names[id_size:].decode())
+                self._keep(row, entries, crc, names[:id_size], names[id_size:])
                 self._offset, self._page = end, page
             good = at
         file = open(self._partial, "r+b", buffering=1 << 20)
@@ -304,7 +317,10 @@ def _to_bytes(field: Field, values: Mapping[str, Any]) -> Any:
         if array.shape != field.shape:
             raise DataError(f"field {field.name!r} has shape {field.shape}, and the value {array.shape}")
         return array.tobytes()
-    if field.kind == "int" and (isinstance(value, float) or not -(2**63) <= int(value) < 2**63):
+    number = (int, np.integer) if field.kind == "int" else (int, float, np.integer, np.floating)
+    if not isinstance(value, number):
+        raise DataError(f"field {field.name!r} takes a {field.kind}, got {value!r}")
+    if field.kind == "int" and not -(2**63) <= int(value) < 2**63:
         raise DataError(f"field {field.name!r} takes integers of 64 bits, got {value!r}")
     return None
 
@@ -314,7 +330,9 @@ def _index_region(info: dict[str, Any], sections: Mapping[str, bytes | bytearray
     names = list(sections)
     sizes = [len(sections[name]) for name in names]
     # Offsets are part of the JSON whose length moves them: pad the JSON to a bound that does not depend on them.
-    bound = _align(len(json.dumps({"info": info, "sections": {n: [2**53, 2**53, 2**32] for n in names}})) + 64, 8)
+    bound = _align(
+        len(json.dumps({"info": info, "sections": {n: [2**53, 2**53, 2**32] for n in names}})) + 64, 8
+    )
     offsets, at = [], 8 + bound
     for size in sizes:
         offsets.append(at)

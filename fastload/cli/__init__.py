@@ -1,7 +1,7 @@
 """The command line: one file a command, imported only when that command runs.
 
 ``fastload convert photos photos.beton``. Errors that a user can cure are printed in one line, exit code 2 for a wrong
-call and 1 for wrong data; ``--debug`` before the command shows the traceback.
+call and 1 for wrong data; ``--debug`` anywhere on the line shows the traceback.
 """
 
 from __future__ import annotations
@@ -68,8 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     # torch's OpenMP threads spin while they wait, and starve the loader's threads on a machine of few cores. Read when
     # torch is imported, which the commands do later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    args = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in args
+    args = list(sys.argv[1:] if argv is None else argv)
+    end = args.index("--") if "--" in args else len(args)
+    debug = "--debug" in args[:end]
+    # Whoever adds it to a command that failed adds it at the end.
+    args = [arg for arg in args[:end] if arg != "--debug"] + args[end:]
     try:
         code = cli.main(args=args, prog_name="fastload", standalone_mode=False)
     except click.exceptions.Abort:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from typing import Any
 
 import click
 
-from fastload.errors import UsageError
+from fastload.errors import DataError, UsageError
 
 
 @click.command("preview")
@@ -33,6 +36,10 @@ def command(
     folder = os.path.dirname(os.path.abspath(out))
     if not os.path.isdir(folder):
         raise UsageError(f"cannot write {out}: there is no folder {folder}; make it first")
+    if os.path.isdir(out):
+        raise UsageError(
+            f"cannot write {out}: it is a folder; name a file, as in -o {os.path.join(out, 'preview.png')}"
+        )
     with open_dataset(data) as dataset:
         if class_name is not None:
             if class_name not in dataset.classes:
@@ -40,5 +47,23 @@ def command(
             dataset = dataset.subset(dataset.labels == dataset.classes.index(class_name))
         chosen = spread(len(dataset), count).tolist()
         sheet = contact_sheet(dataset, chosen, min(columns, max(len(chosen), 1)), size, augment, seed)
-        sheet.save(out, format="PNG")
+        _save(sheet, out)
     click.echo(f"{out}: {len(chosen)} of {len(dataset):,} images, {sheet.width} x {sheet.height} pixels")
+
+
+def _save(sheet: Any, out: str) -> None:
+    """Write under another name first, so that a full disk leaves no half picture."""
+    partial = f"{out}.partial"
+    try:
+        sheet.save(partial, format="PNG")
+        os.replace(partial, out)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"cannot write {out}: {error.strerror}; make room or choose another disk"
+            ) from error
+        raise UsageError(
+            f"cannot write {out}: {error.strerror or error}; choose another place with -o"
+        ) from error

@@ -1,8 +1,8 @@
 """The CPU engine: cut the crop out of the JPEG, decode it, resize, recolour; one image at a time, on any thread.
 
 Of each image only the restart segments under the crop are decoded. With ``decode="fast"`` chroma is upsampled without
-smoothing and a crop at least twice as large as the output is decoded at 1/2, 1/4 or 1/8 of its size; ``"exact"`` gives the
-pixels that Pillow gives. Nearly all of it runs without the GIL.
+smoothing and a crop at least twice as large as the output is decoded at 1/2, 1/4 or 1/8 of its size; ``"exact"`` decodes
+to the pixels that Pillow gives and resizes within one level of it. Nearly all of it runs without the GIL.
 
 >>> Engine(dataset, Plan(transforms.train(224)), "fast").execute(base_index, table, row, out)
 """
@@ -132,9 +132,10 @@ class Engine:
 
     def _scratch(self, name: str, size: int) -> np.ndarray:
         memory: np.ndarray | None = getattr(self._local, name, None)
-        if memory is None or memory.size < size or memory.size > _KEEP >= size:
-            memory = np.empty(max(size + size // 2, 1 << 16), np.uint8)
-            setattr(self._local, name, memory)
+        if memory is None or memory.size < size:
+            memory = np.empty(max(size + size // 2, 1 << 16) if size <= _KEEP else size, np.uint8)
+            if size <= _KEEP:
+                setattr(self._local, name, memory)
         return memory
 
     def _call(
