@@ -20,7 +20,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from fastload.system import usable_cores
+from fastload.system import affinity_cores, quota_cores, usable_cores
 
 __all__ = [
     "affinity_cores",
@@ -52,30 +52,6 @@ def cpu_name() -> str:
         if key.strip() in ("model name", "Model"):
             return value.strip()
     return platform.processor() or platform.machine() or "unknown"
-
-
-def affinity_cores() -> int:
-    """Cores that this process may be scheduled on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def quota_cores() -> float | None:
-    """CPU quota of the control group in cores (1.5 = one and a half), or None where there is none."""
-    for line in _read("/proc/self/cgroup").splitlines():
-        relative = line.rpartition(":")[2]
-        for folder in (f"/sys/fs/cgroup{relative}", "/sys/fs/cgroup"):
-            limit = _read(f"{folder.rstrip('/')}/cpu.max").split()
-            if len(limit) == 2 and limit[0].isdigit():
-                return int(limit[0]) / int(limit[1])
-    quota, period = (
-        _read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
-        _read("/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    )
-    if quota.strip().isdigit() and period.strip().isdigit():  # version 1 of control groups; -1 is no limit
-        return int(quota) / int(period)
-    return None
 
 
 def ram_bytes() -> int | None:

@@ -40,13 +40,17 @@ class Peer(Protocol):
 
 
 class Ours:
-    """fastload with its cpu engine; antialiased bilinear resize."""
+    """fastload with its cpu engine as it comes: antialiased bilinear resize, chroma upsampled without smoothing."""
+
+    decode = "fast"
 
     def load(self, path: str, threads: int, batch: int, size: int) -> None:
         from fastload import Loader, transforms
 
         pipeline = (transforms.RandomResizedCrop(size), transforms.HorizontalFlip(0.5))
-        self.loader = Loader(path, batch, transforms=pipeline, shuffle=True, seed=1, threads=threads)
+        self.loader = Loader(
+            path, batch, transforms=pipeline, shuffle=True, seed=1, threads=threads, decode=self.decode
+        )
 
     def epoch(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for images, labels in self.loader:
@@ -68,6 +72,12 @@ class Ours:
         )
         with fastload.open(target) as dataset:
             return len(dataset)
+
+
+class OursExact(Ours):
+    """The same with Pillow's pixels: smooth chroma upsampling, as FFCV decodes too."""
+
+    decode = "exact"
 
 
 class Ffcv:
@@ -136,7 +146,7 @@ class PilFolder:
         return Image.open(path).convert("RGB"), label
 
 
-PEERS: dict[str, type[Ours] | type[Ffcv]] = {"fastload": Ours, "ffcv": Ffcv}
+PEERS: dict[str, type[Ours] | type[Ffcv]] = {"fastload": Ours, "fastload-exact": OursExact, "ffcv": Ffcv}
 
 
 def cpu_seconds() -> float:

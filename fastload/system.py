@@ -1,4 +1,8 @@
-"""What this process may use of the machine."""
+"""What this process may use of the machine.
+
+>>> usable_cores()
+2
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,34 @@ import os
 
 def usable_cores() -> int:
     """CPU cores this process may use: its affinity, cut by a container's CPU quota; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota()
-    return max(1, min(cores, math.ceil(quota))) if quota else max(1, cores)
+    quota = quota_cores()
+    return max(1, min(affinity_cores(), math.ceil(quota))) if quota else affinity_cores()
 
 
-def _cgroup_quota() -> float | None:
-    """CPU time a second that the cgroup allows (version 2, then 1), None where there is no limit."""
+def affinity_cores() -> int:
+    """Cores that this process may be scheduled on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def quota_cores() -> float | None:
+    """CPU quota of the control group in cores (1.5 = one and a half), or None where there is none."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        relative = line.rpartition(":")[2]
+        for folder in (f"/sys/fs/cgroup{relative}", "/sys/fs/cgroup"):
+            limit = _read(f"{folder.rstrip('/')}/cpu.max").split()
+            if len(limit) == 2 and limit[0].isdigit() and limit[1].isdigit() and int(limit[1]):
+                return int(limit[0]) / int(limit[1])
+    quota, period = (_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
+    if quota.isdigit() and period.isdigit() and int(period):  # version 1 of control groups; -1 is no limit
+        return int(quota) / int(period)
+    return None
+
+
+def _read(path: str) -> str:
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            limit, period = file.read().split()
-        return None if limit == "max" else int(limit) / int(period)
-    except (OSError, ValueError):
-        pass
-    try:
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") as file:
-            quota = int(file.read())
-        with open("/sys/fs/cgroup/cpu/cpu.cfs_period_us") as file:
-            period_us = int(file.read())
-        return quota / period_us if quota > 0 and period_us > 0 else None
-    except (OSError, ValueError):
-        return None
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""

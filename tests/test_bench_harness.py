@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastload import system
 from fastload.benchmarks import machine
 from fastload.benchmarks.harness import (
     Series,
@@ -129,13 +130,13 @@ def test_environment_says_machine_versions_and_page_cache(tmp_path) -> None:
 
 def test_quota_is_read_from_both_versions_of_control_groups(monkeypatch) -> None:
     files = {"/proc/self/cgroup": "0::/job\n", "/sys/fs/cgroup/job/cpu.max": "150000 100000\n"}
-    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
-    assert machine.quota_cores() == 1.5
+    monkeypatch.setattr(system, "_read", lambda path: files.get(path, ""))
+    assert system.quota_cores() == 1.5
     files["/sys/fs/cgroup/job/cpu.max"] = "max 100000\n"
-    assert machine.quota_cores() is None
+    assert system.quota_cores() is None
     files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "300000"
     files["/sys/fs/cgroup/cpu/cpu.cfs_period_us"] = "100000"
-    assert machine.quota_cores() == 3
+    assert system.quota_cores() == 3
 
 
 # ---- the comparison ----

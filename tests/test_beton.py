@@ -270,7 +270,7 @@ def test_an_index_of_a_later_version_is_refused(tmp_path, small):
     at = data.index(layout.MAGIC) + 8
     data[at] = 9
     (tmp_path / "new.beton").write_bytes(data)
-    with pytest.raises(DataError, match="version 9.*update fastload"):
+    with pytest.raises(DataError, match=r"version 9.*update fastload"):
         beton.Reader(tmp_path / "new.beton")
 
 
