@@ -342,3 +342,22 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
 def _cell(row: dict[str, Any]) -> str:
     digits = 0 if row["median"] >= 100 else 2
     return f"{row['median']:,.{digits}f} [{row['min']:,.{digits}f}-{row['max']:,.{digits}f}]"
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as the README's table; a test holds the two together."""
+    train, convert, first = record["train"], record["convert"], record["first_batch"]
+    rows = [
+        ("train crops, images/s", train["fastload"], train["ffcv"], train["ratio"]),
+        ('the same with `decode="exact"`', train["fastload-exact"], train["ffcv"], train["ratio_exact"]),
+        ("`convert`, images/s", convert["fastload"], convert["ffcv"], convert["ratio"]),
+        ("loader made to first batch, s", first["fastload"], first["ffcv"], first["ratio"]),
+    ]
+    lines = ["| | fastload | FFCV 1.0.2 | ratio, round by round |", "|---|---|---|---|"]
+    lines += [f"| {name} | {_cell(a)} | {_cell(b)} | **{_cell(r)}** |" for name, a, b, r in rows]
+    cpu = [_cell(train[name]["cpu_s_per_1000"]) for name in PAIR]
+    lines.append(f"| CPU seconds per 1,000 train crops | {cpu[0]} | {cpu[1]} | |")
+    lines.append(
+        f"| peak memory, MiB (file pages included) | {train['fastload']['peak_mib']:,.0f} | {train['ffcv']['peak_mib']:,.0f} | |"
+    )
+    return "\n".join(lines)

@@ -33,11 +33,11 @@ class Batch:
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
             if key in self._names:
-                return tuple.__getitem__(self, self._names.index(key))  # type: ignore[arg-type]
+                return super().__getitem__(self._names.index(key))  # type: ignore[misc]
             if key == "index":
                 return self.index
             raise KeyError(f"{key!r}; this batch has {', '.join(self._names)} and index")
-        return tuple.__getitem__(self, key)  # type: ignore[arg-type]
+        return super().__getitem__(key)  # type: ignore[misc]
 
     def to(self, device: Any, non_blocking: bool = False) -> Any:
         """The same batch with its tensors on ``device``."""

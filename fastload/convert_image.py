@@ -109,8 +109,9 @@ def crop_window(box: Box, height: int, width: int, options: ImageOptions) -> tup
     if x1 <= x0 or y1 <= y0:
         raise DataError(f"its crop box {box} is empty; check --crop-format, which is {options.crop_format}")
     dx, dy = (x1 - x0) * options.crop_margin, (y1 - y0) * options.crop_margin
-    left, top = max(0, int(np.floor(x0 - dx))), max(0, int(np.floor(y0 - dy)))
-    right, bottom = min(width, int(np.ceil(x1 + dx))), min(height, int(np.ceil(y1 + dy)))
+    # Cut before they become integers: numbers in a table may be so large that these sums are infinite.
+    left, top = math.floor(min(max(0.0, x0 - dx), width)), math.floor(min(max(0.0, y0 - dy), height))
+    right, bottom = math.ceil(max(min(width, x1 + dx), 0.0)), math.ceil(max(min(height, y1 + dy), 0.0))
     if right <= left or bottom <= top:
         raise DataError(
             f"its crop box {box} lies outside of the image ({width} x {height}); check --crop-format"

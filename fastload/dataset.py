@@ -166,7 +166,6 @@ class Dataset(Sequence[dict[str, Any]]):
         if chosen.size and not (-size <= chosen.min() and chosen.max() < size):
             wrong = chosen[(chosen < -size) | (chosen >= size)][0]
             raise UsageError(f"index {wrong} is outside of a dataset of {size} samples")
-        chosen = np.where(chosen < 0, chosen + size, chosen)
         return Dataset(self._readers, self.indices[chosen])
 
     @property

@@ -75,6 +75,9 @@ class CsvSource(Source):
         if not self._count:
             raise DataError(f"{self.path} has a header but no rows; there is nothing to convert")
         self._paths = self._cells[self._path_column(options.path_column)]
+        for i, path in enumerate(self._paths):
+            if not path.strip():
+                self.errors.setdefault(i, f"line {self._lines[i]} of {self.path.name} names no image")
         self._id = self._names_of(options)
         self._make_columns(options)
         self._sizes = array("Q", (_size(self._file(i)) for i in range(self._count)))
@@ -94,7 +97,7 @@ class CsvSource(Source):
                 delimiter = max(
                     "\t" if self.path.suffix.lower() == ".tsv" else ",", ";", "\t", "|", key=head.count
                 )
-                rows = csv.reader(file, delimiter=delimiter)
+                rows = csv.reader(file, delimiter=delimiter, strict=True)
                 header = [name.strip() for name in next(rows, [])]
                 if not any(header):
                     raise DataError(f"{self.path} is empty; its first line must name the columns")
@@ -143,7 +146,7 @@ class CsvSource(Source):
             *self._cells,
         ]:  # the first that leads to a file, else the first with a telling name
             texts = self._cells[title]
-            if any(texts[i] and self._resolve(texts[i]).is_file() for i in range(min(self._count, _PROBED))):
+            if any(texts[i] and _is_file(self._resolve(texts[i])) for i in range(min(self._count, _PROBED))):
                 return title
         for title in named:
             if title.lower() not in ("id", "image_id"):
@@ -161,7 +164,7 @@ class CsvSource(Source):
 
     def _name(self, i: int) -> str:
         """The path as it is stored: relative to the root, so that no absolute path gets into the file."""
-        text = self._paths.text(i).strip()
+        text = self._paths.text(i).strip() or f"line {self._lines[i]}"
         if os.path.isabs(text):
             text = os.path.relpath(text, self.root.absolute())
         return text.replace(os.sep, "/")
@@ -243,5 +246,12 @@ def typed_of(name: str, title: str, texts: Names, options: SourceOptions, errors
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return 0  # reading it will say what is wrong
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a text too long for a name, or with a NUL byte: a caption, not a path
+        return False

@@ -122,7 +122,6 @@ class FolderSource(Source):
         labelled = options.label_from == "parent" or (options.label_from == "auto" and bool(folders))
         if labelled:
             self._check_shape(folders, files, options)
-        self._visited: set[tuple[int, int]] = set()
         owners = array("q")
         for name, size in files:
             self._add(name, size)
@@ -190,17 +189,16 @@ class FolderSource(Source):
 
     def _walk(self, start: str) -> None:
         """Add every file below a folder: the files of a folder before those of its sub-folders."""
-        stack = [start]
+        stack = [(start, (_identity(self.root),))]
         while stack:
-            relative = stack.pop()
-            status = os.stat(self.root / relative)
-            if (status.st_dev, status.st_ino) in self._visited:
-                continue  # a link that leads back into the tree
-            self._visited.add((status.st_dev, status.st_ino))
+            relative, above = stack.pop()
+            own = _identity(self.root / relative)
+            if own in above:
+                continue  # a link to a folder that it is in; one to any other folder stands for that folder's images
             folders, files = self._entries(self.root / relative)
             for name, size in files:
                 self._add(f"{relative}/{name}", size)
-            stack.extend(f"{relative}/{name}" for name in reversed(folders))
+            stack.extend((f"{relative}/{name}", (*above, own)) for name in reversed(folders))
 
     def _add(self, name: str, size: int) -> None:
         self._names.append(os.fsencode(name))
@@ -244,9 +242,19 @@ def read_bytes(path: str | bytes | os.PathLike[str]) -> bytes:
             data = file.read()
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a NUL byte in the name
+        raise DataError(f"cannot be read ({error})") from error
     if not data:
         raise DataError("the file is empty")
     return data
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); check its permissions") from error
+    return status.st_dev, status.st_ino
 
 
 def _image_inside(path: str) -> bool:

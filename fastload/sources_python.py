@@ -158,6 +158,7 @@ class BetonSource(Source):
                 get, names = self._renumbered(get, names, options.classes), list(options.classes)
             self.columns.append(Column(spec, titles.get(name, name), get, tuple(names) or None))
         self._sources = data.sources
+        self._heights, self._widths = data.heights, data.widths  # each call reads the column of all samples
         self._id: Callable[[int], str] = data.ids.__getitem__
         self._check_ids()
 
@@ -210,7 +211,7 @@ class BetonSource(Source):
         return len(self.data)
 
     def sample(self, i: int) -> Sample:
-        height, width = int(self.data.heights[i]), int(self.data.widths[i])
+        height, width = int(self._heights[i]), int(self._widths[i])
         return Sample(
             self._id(i),
             self._sources[i],
@@ -221,7 +222,7 @@ class BetonSource(Source):
         )
 
     def digest(self, into: Any) -> None:
-        into.update(self.data.heights.tobytes() + self.data.widths.tobytes())
+        into.update(self._heights.tobytes() + self._widths.tobytes())
         for i in range(len(self)):
             into.update(self._id(i).encode("utf-8", "backslashreplace") + b"\0")
         for column in self.columns:

@@ -181,6 +181,11 @@ class TarSource(Source):
             and offsets[-1] + sizes[-1] > path.stat().st_size
         ):
             raise tarfile.ReadError("unexpected end of data")
+        # It also takes a damaged header for the end.
+        with open(path, "rb") as file:
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError("damaged header")
 
     def _close_sample(self, shard: int, key: str | None, parts: dict[str, tuple[int, int]]) -> None:
         if key is None:

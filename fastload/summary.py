@@ -180,7 +180,7 @@ def _pixel_statistics(
         return (0.0, 0.0, 0.0), (0.0, 0.0, 0.0)
     mean = total[1] / total[0]
     std = np.sqrt(np.maximum(total[2] / total[0] - mean**2, 0))
-    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())  # type: ignore[return-value]
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
 def contact_sheet(

@@ -2,13 +2,14 @@
 
 Strict IEEE arithmetic (no fused or reordered operations) costs little here, since the loops vectorise over independent
 pixels, and it makes pixels equal on every CPU. The cache is beside the source, or where ``NUMBA_CACHE_DIR`` says, or in
-the user's cache folder. If none of them can be written, kernels work all the same and are compiled again by each process
-(about half a minute), and a warning says so once.
+the user's cache folder. If none of them can be written, or the disk fills up, kernels work all the same and are compiled
+again by each process (about half a minute), and a warning says so once.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ def _find() -> CacheFolder:
 
 
 _FOLDER: CacheFolder | None = None
+_UNUSABLE = (OSError, EOFError, pickle.UnpicklingError)  # a full disk, or files that a crash has cut short
+_warned = False
 
 
 def cache_folder() -> CacheFolder:
@@ -64,7 +67,36 @@ def cache_folder() -> CacheFolder:
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile ``function`` when it is first called; it runs without the GIL."""
-    compiled: Callable[..., Any] = numba.njit(nogil=True, cache=cache_folder().writable, error_model="numpy")(
-        function
-    )
+    cached = cache_folder().writable
+    compiled: Callable[..., Any] = numba.njit(nogil=True, cache=cached, error_model="numpy")(function)
+    cache = getattr(compiled, "_cache", None)
+    if cached and hasattr(cache, "load_overload") and hasattr(cache, "save_overload"):
+        _forgive(cache)
     return compiled
+
+
+def _forgive(cache: Any) -> None:
+    """Make a cache that breaks later cost time only: numba would let its error out of the kernel's call."""
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_or_compile(*arguments: Any) -> Any:
+        try:
+            return load(*arguments)
+        except _UNUSABLE:
+            return None
+
+    def save_or_warn(*arguments: Any) -> None:
+        global _warned
+        try:
+            save(*arguments)
+        except _UNUSABLE as error:
+            if not _warned:
+                _warned = True
+                warnings.warn(
+                    f"compiled kernels cannot be cached in {cache.cache_path}, so each process compiles them again: "
+                    f"{type(error).__name__}: {error}; make room there, empty that folder, or set NUMBA_CACHE_DIR to another",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    cache.load_overload, cache.save_overload = load_or_compile, save_or_warn

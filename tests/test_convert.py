@@ -247,6 +247,8 @@ def test_crop_boxes_that_hold_nothing_are_refused() -> None:
         crop_window((10, 10, 10, 20), 100, 100, ImageOptions())
     with pytest.raises(DataError, match="outside"):
         crop_window((200, 10, 300, 20), 100, 100, ImageOptions())
+    huge = ImageOptions(crop_format="xywh", crop_margin=5)  # its edges are infinite
+    assert crop_window((-1e300, 10, 1e308, 20), 100, 100, huge) == (0, 0, 100, 100)
 
 
 def test_cropping_by_columns_cuts_the_upright_image(tmp_path: Path) -> None:

@@ -318,11 +318,7 @@ def test_which_field_is_the_image(tmp_path):
 
 def test_a_broken_sample_is_named(tmp_path, small):
     with beton.Reader(small) as file:
-        at = (
-            int(file.image_address(3))
-            if hasattr(file, "image_address")
-            else int(file.metadata["f0"]["ptr"][3])
-        )
+        at = int(file.metadata["f0"]["ptr"][3])
     data = bytearray(open(small, "rb").read())
     data[at : at + 400] = b"\0" * 400
     path = tmp_path / "broken.beton"

@@ -1,6 +1,8 @@
 """Packaging and layers: what the wheel holds, what an import costs, and who may know whom."""
 
 import ast
+import functools
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -93,7 +95,10 @@ def sources():
             yield path, ".".join([package, *(p for p in parts if p != "__init__")])
 
 
+@functools.cache
 def trees():
+    """Each module's path, name and syntax tree."""
+    gc.collect()  # CPython 3.11 fails in ast.parse if garbage with finalizers (FFCV's compiled pipelines) is collected in it
     return [(path, name, ast.parse(path.read_text("utf-8"), str(path))) for path, name in sources()]
 
 

@@ -160,6 +160,17 @@ def test_links_that_lead_back_end(tmp_path: Path) -> None:
         source.sample(1).load()
 
 
+def test_links_to_other_folders_stand_for_their_images(tmp_path: Path) -> None:
+    shared = tree(tmp_path / "shared", "x.jpg")
+    root = tree(tmp_path / "root", "a/1.jpg", "b/1.jpg")
+    (root / "a" / "all").symlink_to(root, target_is_directory=True)
+    for place in ("a/more", "b/more", "c"):
+        (root / place).symlink_to(shared, target_is_directory=True)
+    source = opened(root)
+    assert ids(source) == ["a/1.jpg", "a/more/x.jpg", "b/1.jpg", "b/more/x.jpg", "c/x.jpg"]
+    assert labels(source) == ["a", "a", "b", "b", "c"]
+
+
 def test_a_name_that_is_not_utf8_has_a_storable_id(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
@@ -325,6 +336,7 @@ def test_csv_crop_boxes_make_several_samples_of_one_image(tmp_path: Path) -> Non
         ),
         ("a,b\nx,y\n", {}, UsageError, "no column of .* leads to files"),
         ("path,label\n1.jpg,a\n", {"shard_ids": True}, UsageError, "--shard-ids does not apply"),
+        ('path,label\n1.jpg,"a\n2.jpg,b\n', {}, DataError, "check its quotes"),
         ("path,x\n1.jpg,a\n", {"classes": ("a",)}, UsageError, "needs labels"),
     ],
 )
@@ -344,6 +356,28 @@ def test_csv_rows_of_wrong_length_and_empty_labels_are_errors_of_their_samples(t
     assert source.sample(0).error is None
     assert "line 3" in source.sample(1).error  # type: ignore[operator]
     assert "no label" in source.sample(2).error  # type: ignore[operator]
+
+
+def test_csv_rows_without_a_path_are_errors_of_their_samples(tmp_path: Path) -> None:
+    tree(tmp_path, "1.jpg", "2.jpg")
+    (tmp_path / "t.csv").write_text("path,label\n1.jpg,a\n,\n \n2.jpg,b\n,\n")
+    source = opened(tmp_path / "t.csv")
+    assert ids(source) == ["1.jpg", "line 3", "line 4", "2.jpg", "line 6"]
+    assert [source.sample(i).error is None for i in range(5)] == [True, False, False, True, False]
+    assert "line 3 of t.csv names no image" in str(source.sample(1).error)
+
+
+def test_csv_captions_are_no_paths(tmp_path: Path) -> None:
+    tree(tmp_path, "1.jpg")
+    (tmp_path / "t.csv").write_text("caption,pic\n" + "long " * 200 + ",1.jpg\nwith\0nul,2\0.jpg\n")
+    try:
+        source = opened(tmp_path / "t.csv")
+    except DataError as error:  # Python 3.10's csv module refuses a NUL byte by itself
+        assert "NUL" in str(error)
+        return
+    assert source.sample(0).load() == jpeg()
+    with pytest.raises(DataError, match="cannot be read"):
+        source.sample(1).load()
 
 
 def test_csv_that_is_not_utf8(tmp_path: Path) -> None:

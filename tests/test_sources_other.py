@@ -133,6 +133,13 @@ def test_damaged_shards(tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[: whole.index(b"xxxx") + 2000])
     with pytest.raises(DataError, match="damaged or cut off"):
         opened(tmp_path / "cut.tar")
+    broken = bytearray(whole)
+    broken[whole.index(b"2.jpg") + 5] ^= 1  # in the second header: tarfile alone would take it for the end
+    (tmp_path / "header.tar").write_bytes(broken)
+    with pytest.raises(DataError, match="damaged header"):
+        opened(tmp_path / "header.tar")
+    (tmp_path / "bare.tar").write_bytes(whole.rstrip(b"\0") + bytes(512))
+    assert len(opened(tmp_path / "bare.tar")) == 2
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(DataError, match="plain tar"):
         opened(tmp_path / "empty.tar")

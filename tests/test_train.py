@@ -360,6 +360,23 @@ def test_validation_on_training_images_is_refused(photos):
     assert len(make_split(data.subset(range(20)), data.subset(range(20, 30)), CFG).valid) == 10
 
 
+def test_validation_on_one_of_joined_training_files_is_refused(photos, tmp_path):
+    other = write(tmp_path / "other.beton", [0, 1, 2] * 4)
+    joined = fastload.concat([fastload.open(other), fastload.open(photos)])
+    with pytest.raises(DataError, match="3 of 9 validation images are training images too"):
+        make_split(joined.subset(range(15)), fastload.open(photos).subset(range(9)), CFG)
+    assert (
+        len(make_split(joined.subset(range(15)), fastload.open(photos).subset(range(3, 9)), CFG).valid) == 6
+    )
+
+
+def test_labels_that_are_no_class_numbers(tmp_path):
+    items = [(np.full((8, 8, 3), 9, np.uint8), 10**9 + i % 2) for i in range(4)]
+    fastload.convert(items, tmp_path / "d.beton", progress=False)
+    with pytest.raises(DataError, match="number the classes from 0, got 1000000001"):
+        make_split(tmp_path / "d.beton", None, CFG)
+
+
 def test_groups(tmp_path):
     people = [i // 4 for i in range(48)]
     data = write(tmp_path / "g.beton", [i % 3 for i in range(48)], groups=people)

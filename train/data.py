@@ -24,6 +24,8 @@ from fastload.errors import DataError, UsageError, unknown
 from fastload.train.config import Config
 from fastload.train.split import holdout
 
+_MOST_CLASSES = 1_000_000  # beyond it a label is an identifier, and a model for it would not fit anywhere
+
 
 class TrainWarning(UserWarning):
     """Something about the data that a person should know, though training goes on."""
@@ -118,6 +120,11 @@ def numeric_labels(data: Dataset) -> np.ndarray:
 def class_names(data: Dataset, labels: np.ndarray) -> list[str]:
     """Names of the classes, by number; the numbers themselves where the file has no names."""
     highest = int(labels.max())
+    if not data.classes and highest >= _MOST_CLASSES:
+        raise DataError(
+            f"{data.path} has no class names and labels too large to be class numbers; number the classes from 0, "
+            f"got {highest}"
+        )
     names = [str(name) for name in data.classes] or [str(number) for number in range(highest + 1)]
     if highest >= len(names):
         raise DataError(f"{data.path} names {len(names)} classes and has a label beyond them, got {highest}")
@@ -169,14 +176,21 @@ def _text(value: Any) -> str:
 
 
 def _check_apart(train: Dataset, valid: Dataset) -> None:
-    """Refuse images that are in both: found where both are views of the same files."""
-    if [Path(p).resolve() for p in train.paths] == [Path(p).resolve() for p in valid.paths]:
-        both = np.intersect1d(train.indices, valid.indices)
-        if len(both):
-            raise DataError(
-                f"{len(both)} of {len(valid)} validation images are training images too, so the score would mean "
-                f"nothing; leave --valid out to hold some apart, got {valid.path!r} twice"
-            )
+    """Refuse images that are in both: found where both are views of the same files, alone or joined with others."""
+    shared = {Path(path).resolve() for path in train.paths} & {Path(path).resolve() for path in valid.paths}
+    both = _places(train, shared) & _places(valid, shared) if shared else set()
+    if len(both):
+        raise DataError(
+            f"{len(both)} of {len(valid)} validation images are training images too, so the score would mean "
+            f"nothing; leave --valid out to hold some apart, got {valid.path!r} twice"
+        )
+
+
+def _places(data: Dataset, files: set[Path]) -> set[tuple[Path, int]]:
+    """File and place in it of each image that lies in one of ``files``."""
+    resolved = {path: Path(path).resolve() for path in data.paths}
+    located = (data.locate(i) for i in range(len(data)))
+    return {(resolved[reader.path], at) for reader, at in located if resolved[reader.path] in files}
 
 
 def _check_groups(train: np.ndarray, valid: np.ndarray, field: str) -> None:

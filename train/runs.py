@@ -191,7 +191,7 @@ def load_run(run: Run | str | Path, which: str = "best", device: str | None = No
         model = create_model(cfg.model, len(classes), size=cfg.size)
     checkpoint.restore_weights(model, weights, path)
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    model = model.to(device=chosen, memory_format=layout).eval()
+    model = model.to(chosen).to(memory_format=layout).eval()
     return LoadedRun(path, model, cfg, classes, mean, std, epoch, chosen)
 
 

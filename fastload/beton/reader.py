@@ -202,7 +202,9 @@ class Reader:
             return float(row)
         if field.kind == "ndarray":
             data = self.span(int(row), field.nbytes)
-            return np.frombuffer(data.tobytes(), field.dtype).reshape(field.shape)
+            return np.frombuffer(bytearray(data), field.dtype).reshape(
+                field.shape
+            )  # writable, the caller's own
         data = self.span(int(row["ptr"]), int(row["size"]))
         if field.kind == "bytes":
             return data.tobytes()
@@ -220,16 +222,18 @@ class Reader:
         for name, field in self.fields.items():
             row = self.column(name)[index]
             if field.kind == "image":
-                crc = zlib.crc32(self.image(index, name).data, crc)
+                crc = zlib.crc32(memoryview(self.image(index, name).data), crc)
             elif field.kind == "ndarray":
-                crc = zlib.crc32(self.span(int(row), field.nbytes), crc)
+                crc = zlib.crc32(self.span(int(row), field.nbytes).data, crc)
             elif field.kind in ("bytes", "json"):
-                crc = zlib.crc32(self.span(int(row["ptr"]), int(row["size"])), crc)
+                crc = zlib.crc32(self.span(int(row["ptr"]), int(row["size"])).data, crc)
         return crc == int(crcs[4 * index : 4 * index + 4].view("<u4")[0])
 
     def damaged_sections(self) -> list[str]:
         """Names of the index's sections (checksums, ids, sources) whose own checksum does not match; reads them all."""
-        return [name for name, data in self._sections.items() if zlib.crc32(data) != self._section_crcs[name]]
+        return [
+            name for name, data in self._sections.items() if zlib.crc32(data.data) != self._section_crcs[name]
+        ]
 
     def name(self, index: int, what: str = "id") -> str:
         """The id or source of a sample for messages: '?' where the index is damaged."""
