@@ -75,8 +75,8 @@ class CsvSource(Source):
         if not self._count:
             raise DataError(f"{self.path} has a header but no rows; there is nothing to convert")
         self._paths = self._cells[self._path_column(options.path_column)]
-        for i, path in enumerate(self._paths):
-            if not path.strip():
+        for i, name in enumerate(self._paths):
+            if not name.strip():
                 self.errors.setdefault(i, f"line {self._lines[i]} of {self.path.name} names no image")
         self._id = self._names_of(options)
         self._make_columns(options)

@@ -189,7 +189,7 @@ class FolderSource(Source):
 
     def _walk(self, start: str) -> None:
         """Add every file below a folder: the files of a folder before those of its sub-folders."""
-        stack = [(start, (_identity(self.root),))]
+        stack: list[tuple[str, tuple[tuple[int, int], ...]]] = [(start, (_identity(self.root),))]
         while stack:
             relative, above = stack.pop()
             own = _identity(self.root / relative)
