@@ -39,6 +39,9 @@ class Batch:
             raise KeyError(f"{key!r}; this batch has {', '.join(self._names)} and index")
         return super().__getitem__(key)  # type: ignore[misc]
 
+    def __reduce__(self) -> Any:
+        return _rebuild, (self._names, tuple(self), self.__dict__)  # type: ignore[call-overload]
+
     def to(self, device: Any, non_blocking: bool = False) -> Any:
         """The same batch with its tensors on ``device``."""
         values = (v.to(device, non_blocking=non_blocking) if isinstance(v, torch.Tensor) else v for v in self)  # type: ignore[attr-defined]
@@ -56,6 +59,13 @@ def batch_class(fields: tuple[str, ...]) -> Any:
     if "index" in fields:
         members["index"] = getattr(base, "index")  # noqa: B009
     return type("Batch", (Batch, base), members)
+
+
+def _rebuild(fields: tuple[str, ...], values: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    """A batch from its pickle: its class is made for its fields, so it is not found by name."""
+    batch = batch_class(fields)(*values)
+    batch.__dict__.update(state)
+    return batch
 
 
 class Buffers:

@@ -181,6 +181,9 @@ class Dataset(Sequence[dict[str, Any]]):
     def gather(self, name: str, bases: np.ndarray) -> np.ndarray:
         """Values of an int, float or ndarray field at base indices (B,); for an image field, its rows."""
         field = self.fields[name]
+        for reader, size in zip(self._readers, np.diff(self._starts)):
+            if len(reader) != size:
+                raise self._closed(reader)
         if field.kind in ("bytes", "json", "ndarray"):
             values = [reader.value(at, name) for reader, at in map(self.locate_base, bases.tolist())]
             return np.stack(values) if field.kind == "ndarray" else np.array([*values, None], object)[:-1]
@@ -224,7 +227,8 @@ class Dataset(Sequence[dict[str, Any]]):
     def class_names(self, field: str) -> list[str]:
         """Names of the values 0, 1, ... of a field; empty if it has none."""
         classes = self.info.get("classes", {})
-        return list(classes.get(field, [])) if isinstance(classes, dict) else []
+        names = classes.get(field) if isinstance(classes, dict) else None
+        return [str(name) for name in names] if isinstance(names, list) else []
 
     @property
     def classes(self) -> list[str]:

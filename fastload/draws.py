@@ -204,9 +204,10 @@ class Plan:
             top, left = _centre_offsets(new_h, out_h), _centre_offsets(new_w, out_w)
         else:
             top, left = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        y, x = np.maximum(-top, 0), np.maximum(-left, 0)
-        h = np.minimum(out_h, new_h - top) - y
-        w = np.minimum(out_w, new_w - left) - x
+        y, x = np.clip(-top, 0, out_h), np.clip(-left, 0, out_w)
+        # With much padding a crop may miss the image: then nothing is placed, and all is fill.
+        h = np.maximum(np.minimum(out_h, new_h - top) - y, 0)
+        w = np.maximum(np.minimum(out_w, new_w - left) - x, 0)
         scale_y, scale_x = heights / new_h, widths / new_w
         box = np.stack(
             [(top + y) * scale_y, (left + x) * scale_x, (top + y + h) * scale_y, (left + x + w) * scale_x],

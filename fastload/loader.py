@@ -35,6 +35,7 @@ __all__ = ["Batch", "Loader", "Replaced"]
 
 _STREAM_REPLACE = 0xFC00
 _ATTEMPTS = 10
+_MOST_CLASSES = 1_000_000
 _SLICES_PER_THREAD = 3  # small enough that one large image does not hold a batch
 _DTYPES = {
     "uint8": torch.uint8,
@@ -123,6 +124,8 @@ class Loader:
             raise DataError(
                 f"{self.dataset.path} has no samples to load (after indices); nothing to iterate over"
             )
+        if transforms is not None and not isinstance(transforms, Sequence):
+            raise UsageError(f"transforms must be a list or tuple of transforms, got {transforms!r}")
         self.plan = Plan(transforms)
         if self.plan.size is None:
             check_uniform(self.dataset.heights, self.dataset.widths)
@@ -130,14 +133,27 @@ class Loader:
             if weights != "balanced":
                 raise UsageError(f"weights must be numbers or 'balanced', got {weights!r}")
             weights = balanced_weights(self._class_labels())
-        self._order = Order(
-            len(self.dataset), int(seed), bool(shuffle), weights, int(rank), int(world_size), self.drop_last
+        elif weights is not None:
+            weights = _numbers("weights", weights)
+        seed, rank, world_size = (
+            _integer("seed", seed),
+            _integer("rank", rank),
+            _positive("world_size", world_size),
         )
+        self._order = Order(len(self.dataset), seed, bool(shuffle), weights, rank, world_size, self.drop_last)
         self._indices = None if self.dataset._view is None else self.dataset._view
+        # Where a sample may come twice in an epoch, each time must look different.
+        repeats = self._indices is not None and len(np.unique(self._indices)) < len(self._indices)
+        self._repeats = weights is not None or repeats
         self._fields = self._check_fields(fields)
         self._batch_class = batch_class(self._fields)
         self._engine = Engine(self.dataset, self.plan, decode)
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise UsageError(
+                f"device must be 'cpu', 'cuda', 'cuda:1', 'mps' or so, got {device!r}"
+            ) from error
         self.dtype = self._check_dtype(dtype)
         self._classes = self._count_classes() if self.plan.mixers else 0
         cuda = self.device is not None and self.device.type == "cuda"
@@ -151,6 +167,8 @@ class Loader:
         self._position = 0  # samples of this rank that were handed out in `epoch`
         self._started = False
         self._resumed = False
+        self._closed = False
+        self._turn = 0  # which iterator is the current one
         self._stats = {"wait_s": 0.0, "batches": 0, "samples": 0}
 
     # -- what it is ------------------------------------------------------------------------------------------------
@@ -203,16 +221,20 @@ class Loader:
                 f"position {position} is not at the end of a batch of {self.batch_size}; use the batch size it was saved with"
             )
         self.epoch, self._position, self._started, self._resumed = epoch, position, False, True
+        self._turn += 1
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is this epoch, from its beginning."""
         if epoch < 0:
             raise UsageError(f"an epoch is 0 or more, got {epoch}")
         self.epoch, self._position, self._started, self._resumed = int(epoch), 0, False, False
+        self._turn += 1
 
     # -- iteration -------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Any]:
+        if self._closed:
+            raise UsageError("this loader was closed; make a new one")
         if self._started:
             self.epoch, self._position = self.epoch + 1, 0
         elif not self._resumed:
@@ -221,9 +243,10 @@ class Loader:
             self.epoch, self._position = self.epoch + 1, 0
         self._started, self._resumed = True, False
         self._stats = {"wait_s": 0.0, "batches": 0, "samples": 0}
-        return self._run(self.epoch, self._position)
+        self._turn += 1
+        return self._run(self.epoch, self._position, self._turn)
 
-    def _run(self, epoch: int, start: int) -> Iterator[Any]:
+    def _run(self, epoch: int, start: int, turn: int) -> Iterator[Any]:
         starts = iter(range(start, self.num_samples, self.batch_size))
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastload")
         jobs: deque[_Job] = deque()
@@ -232,14 +255,14 @@ class Loader:
                 jobs.append(self._submit(pool, epoch, at))
                 if len(jobs) > self.prefetch:
                     break
-            while jobs:
+            while jobs and not self._closed:
                 begun = time.perf_counter()
                 job = jobs.popleft()
                 batch = self._collect(job)
                 following = next(starts, None)
                 if following is not None:
                     jobs.append(self._submit(pool, epoch, following))
-                if self.epoch == epoch:
+                if self._turn == turn:  # an older iterator no longer says where the loader is
                     self._position = job.stop
                 self._stats["wait_s"] += time.perf_counter() - begun
                 self._stats["batches"] += 1
@@ -253,7 +276,8 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
-        """Free the buffers, and the file if this loader opened it. Iterators end by themselves."""
+        """Free the buffers, and the file if this loader opened it; a running iterator ends at its next step."""
+        self._closed = True
         self._buffers.clear()
         if self._owned:
             self.dataset.close()
@@ -263,7 +287,10 @@ class Loader:
         chosen = self._order.take(epoch, start, stop)
         bases = chosen if self._indices is None else self._indices[chosen]
         rows = self.dataset.gather(self.dataset.image_field, bases)
-        table = self.plan.draw(self.seed, epoch, bases, rows["height"], rows["width"])
+        keys = bases.astype(np.uint64)
+        if self._repeats:  # 24 bits of the place in the epoch, in front of the sample's number
+            keys ^= (self._order.places(start, stop) + np.uint64(1)) << np.uint64(40)
+        table = self.plan.draw(self.seed, epoch, keys, rows["height"], rows["width"])
         if self.plan.size is not None:
             size = self.plan.size
         else:
@@ -415,7 +442,12 @@ class Loader:
         if "label" not in self._fields:
             raise UsageError("Mixup and CutMix change labels: fields must include 'label'")
         labels = self.dataset.labels
-        return labels.shape[1] if labels.ndim == 2 else max(len(self.dataset.classes), int(labels.max()) + 1)
+        count = labels.shape[1] if labels.ndim == 2 else max(len(self.dataset.classes), int(labels.max()) + 1)
+        if count > _MOST_CLASSES:
+            raise DataError(
+                f"labels up to {count - 1} would make soft targets of that length; number the classes from 0"
+            )
+        return int(count)
 
     def _check_fields(self, fields: Sequence[str] | None) -> tuple[str, ...]:
         image = self.dataset.image_field
@@ -464,7 +496,22 @@ class _Job:
         self.cancelled = False
 
 
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise UsageError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
 def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise UsageError(f"{name} must be an integer of 1 or more, got {value!r}")
     return int(value)
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{name} must be numbers, one a sample, or 'balanced', got {values!r:.80}"
+        ) from error

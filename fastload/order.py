@@ -58,12 +58,14 @@ class Order:
             return self.length // self.world_size
         return max(0, -(-(self.length - self.rank) // self.world_size))
 
+    def places(self, start: int, stop: int) -> np.ndarray:
+        """Global positions, over all ranks, of this rank's positions [start, stop): (stop - start,) uint64."""
+        stop = max(min(stop, len(self)), start)
+        return np.arange(start, stop, dtype=np.uint64) * np.uint64(self.world_size) + np.uint64(self.rank)
+
     def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Samples at positions [start, stop) of this rank, (stop - start,) int64 below ``length``."""
-        stop = min(stop, len(self))
-        places = np.arange(start, max(stop, start), dtype=np.uint64) * np.uint64(self.world_size) + np.uint64(
-            self.rank
-        )
+        places = self.places(start, stop)
         if self._cumulative is not None:
             u = rng.uniforms(self.seed, epoch, places, STREAM_WEIGHTED, 2)
             # Two words make 64 random bits: 32 would be coarse for millions of samples.

@@ -31,6 +31,7 @@ Box = tuple[float, float, float, float]
 
 _DIGITS = re.compile(r"[0-9]+")
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
+_LONG = re.compile(r"[+-]?[0-9]{19,}")
 _FLOAT = re.compile(
     r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(inf|nan)", re.IGNORECASE
 )
@@ -337,7 +338,8 @@ def typed(name: str, title: str, texts: Names) -> Column:
     if ints and filled:
         numbers = np.fromiter((int(t) for t in texts), np.int64, len(texts))
         return Column(Field(name, "int"), title, lambda i: int(numbers[i]))
-    if floats and filled:
+    # Digits too many for 64 bits are no measurement, but an identifier: as a float it would lose some of them.
+    if floats and filled and not any(_LONG.fullmatch(t.strip()) for t in texts.texts()):
         reals = np.fromiter((float(t) if t.strip() else np.nan for t in texts), np.float64, len(texts))
         return Column(Field(name, "float"), title, lambda i: float(reals[i]))
     return Column(Field(name, "bytes"), title, texts.__getitem__)

@@ -110,6 +110,8 @@ def parse_into(data, info):
             if status != OK:
                 return status
         elif marker == 0xDA:
+            if length < 8:
+                return BAD_SEGMENT
             count = data[body]
             if info[COMPONENTS] == 0 or count < 1 or count > 4 or length != 6 + 2 * count:
                 return BAD_SEGMENT

@@ -15,7 +15,7 @@ from fastload.kernels.jit import kernel
 
 OK, BAD_TABLE, BAD_CODE, OVERRUN, BAD_RESTART, NO_ROOM, TOO_LONG, UNSUPPORTED = 0, 11, 12, 13, 14, 15, 16, 17
 REASONS = {
-    BAD_TABLE: "a Huffman table of the JPEG is damaged or missing",
+    BAD_TABLE: "a Huffman table of the JPEG is damaged",
     BAD_CODE: "the JPEG's image data are damaged: an impossible Huffman code",
     OVERRUN: "the JPEG's image data end too early",
     BAD_RESTART: "a restart marker of the JPEG is missing or out of order",
@@ -135,8 +135,12 @@ def add_restarts(data, info, interval, out, lengths, result):
         if data[scan + 2 * i] != info[jpeg.IDS + i]:
             return UNSUPPORTED
         td, ta = np.int64(data[scan + 2 * i + 1] >> 4), np.int64(data[scan + 2 * i + 1] & 15)
-        if td > 3 or ta > 3 or not present[td] or not present[4 + ta]:
+        if td > 3 or ta > 3:
             return BAD_TABLE
+        if not present[td] or not present[4 + ta]:
+            return (
+                UNSUPPORTED  # frames of motion JPEG leave the standard tables out, and decoders fill them in
+            )
         for size in range(12):
             if sizes[td, size] == 0:
                 replace |= np.int64(1) << td
@@ -174,6 +178,8 @@ def add_restarts(data, info, interval, out, lengths, result):
                 return OVERRUN
             if have - spare >= 8:
                 return BAD_RESTART
+            while at + 1 < n and data[at] == 0xFF and data[at + 1] == 0xFF:
+                at += 1  # fill bytes, which a marker may have in front
             if at + 2 > n or data[at] != 0xFF or data[at + 1] != 0xD0 + ((mcu // old - 1) & 7):
                 return BAD_RESTART
             at += 2

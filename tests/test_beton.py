@@ -1,7 +1,9 @@
 """The container: round trips, FFCV on both sides, resuming, damage, and size."""
 
+import json
 import os
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -400,3 +402,30 @@ def test_the_golden_file_reads_for_ever():
             expected = np.stack([x * 6, y * 10, np.full_like(x, 60 * i)], axis=2)
             assert np.abs(sample["image"].astype(int) - expected).max() <= (0 if i % 2 else 12)
             assert sample["note"] == {"i": i} and sample["text"] == b"t" * i
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index["sections"].update(crc=[float("inf"), 1, 1]),
+        lambda index: index.update(sections=[1, 2]),
+        lambda index: index["sections"].pop("id_text"),
+        lambda index: index["sections"]["id_ends"].__setitem__(1, 13),
+        lambda index: index.update(sections={"crc": [0, -5, 0]}),
+        lambda index: index.update(info=3),
+    ],
+)
+def test_an_index_that_lies_with_a_right_checksum_is_damage(tmp_path, small, change):
+    data = bytearray(open(small, "rb").read())
+    at = data.index(layout.MAGIC)
+    anchor = np.frombuffer(bytes(data[at : at + layout.ANCHOR.itemsize]), layout.ANCHOR)
+    start = int(anchor["index_ptr"][0])
+    length = int.from_bytes(data[start : start + 8], "little")
+    index = json.loads(bytes(data[start + 8 : start + 8 + length]))
+    change(index)
+    blob = json.dumps(index).encode().ljust(length)
+    data[start + 8 : start + 8 + length] = blob
+    data[at + 12 : at + 16] = zlib.crc32(blob).to_bytes(4, "little")
+    (tmp_path / "liar.beton").write_bytes(data)
+    with pytest.raises(DataError, match="truncated or damaged"):
+        beton.Reader(tmp_path / "liar.beton")

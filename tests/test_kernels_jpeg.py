@@ -205,3 +205,26 @@ def test_truncated_headers_have_a_reason(cut_at):
         codecs.keep_jpeg(data)
     with pytest.raises(CorruptError, match=r"\w"):
         codecs.load_rgb(data)
+
+
+def test_a_scan_header_without_a_body_at_the_end_is_refused():
+    data = codecs.encode_jpeg(picture(40, 40))
+    at = data.index(b"\xff\xda")
+    _, status = jpeg.parse(np.frombuffer(data[:at] + b"\xff\xda\x00\x02", np.uint8))
+    assert status == jpeg.BAD_SEGMENT
+
+
+def test_fill_bytes_in_front_of_markers_and_missing_tables_are_legal():
+    plain = encode(picture(60, 90), quality=80, restart_marker_blocks=2)
+    filled = plain.replace(b"\xff\xd0", b"\xff\xff\xd0").replace(b"\xff\xd3", b"\xff\xff\xff\xd3")
+    kept = codecs.keep_jpeg(filled)
+    assert len(filled) > len(plain) and np.array_equal(decode(kept), decode(plain))
+    tables = plain.index(b"\xff\xc4")
+    bare = plain
+    while (at := bare.find(b"\xff\xc4")) >= 0 and tables:
+        bare = bare[:at] + bare[at + 2 + int.from_bytes(bare[at + 2 : at + 4], "big") :]
+    with Image.open(
+        io.BytesIO(bare)
+    ) as image:  # as in frames of motion JPEG: the standard tables are implied
+        expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(codecs.load_rgb(codecs.keep_jpeg(bare)), expected)

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import os
+import pickle
 import threading
 import time
 
@@ -395,6 +396,12 @@ def test_waiting_is_measured(small):
         ({"weights": [1, 2]}, "weights"),
         ({"weights": "even"}, "balanced"),
         ({"rank": 3}, "rank"),
+        ({"rank": "a"}, "rank must be an integer"),
+        ({"seed": 1.7}, "seed must be an integer"),
+        ({"seed": True}, "seed must be an integer"),
+        ({"device": "foo"}, "device must be"),
+        ({"weights": ["a"] * 20}, "weights must be numbers"),
+        ({"transforms": T.CenterCrop(4)}, "list or tuple"),
         ({"decode": "slow"}, "decode"),
     ],
 )
@@ -420,3 +427,61 @@ def test_balanced_weights_reach_the_batches(beton_file):
     loader = Loader(ds, 50, transforms=T.train(32), weights="balanced", shuffle=True)
     labels = torch.cat([b.label for _ in range(60) for b in loader])
     assert (torch.bincount(labels, minlength=4) / len(labels) - 0.25).abs().max() < 0.06
+
+
+def test_a_sample_drawn_twice_looks_different_each_time(small):
+    weights = [0.0] * 19 + [1.0]
+    for options in ({"weights": weights, "shuffle": True}, {"indices": [19] * 20}):
+        batch = next(iter(Loader(small, 20, transforms=T.train(32), **options)))
+        assert batch.index.tolist() == [19] * 20
+        assert len({image.numpy().tobytes() for image in batch.image}) == 20
+        again = next(iter(Loader(small, 20, transforms=T.train(32), threads=1, **options)))
+        assert torch.equal(batch.image, again.image)
+
+
+@pytest.mark.parametrize(("size", "padding"), [(4, 60), (8, 30)])
+def test_a_crop_may_lie_in_the_padding(small, size, padding):
+    images = next(
+        iter(Loader(small, 20, transforms=(T.RandomCrop(size, padding=padding, fill=(7, 8, 9)),)))
+    ).image
+    painted = (images == torch.tensor([7, 8, 9], dtype=torch.uint8).view(1, 3, 1, 1)).all(1)
+    assert painted.any() and images.shape == (20, 3, size, size)
+
+
+def test_batches_and_datasets_can_be_pickled(small):
+    batch = next(iter(Loader(small, 4, transforms=T.eval(32))))
+    twin = pickle.loads(pickle.dumps(batch))
+    assert (
+        torch.equal(twin.image, batch.image)
+        and torch.equal(twin.index, batch.index)
+        and twin["label"] is twin.label
+    )
+    ds = dataset.open(small).subset([4, 2])
+    data = pickle.dumps(ds)
+    assert len(data) < 2000 and np.array_equal(pickle.loads(data)[1]["image"], ds[1]["image"])
+
+
+def test_closing_ends_iteration(small):
+    loader = Loader(small, 2, transforms=T.eval(32))
+    iterator = iter(loader)
+    next(iterator)
+    loader.close()
+    assert list(iterator) == [] and loader_threads() == 0
+    with pytest.raises(UsageError, match="closed"):
+        iter(loader)
+    with dataset.open(small) as ds:
+        kept = Loader(ds, 2, transforms=T.eval(32))
+    with pytest.raises(UsageError, match="is closed"):
+        list(kept)
+
+
+def test_an_old_iterator_does_not_move_the_state(small):
+    loader = Loader(small, 2, transforms=T.eval(32))
+    old = iter(loader)
+    next(old)
+    loader.set_epoch(0)
+    new = iter(loader)
+    next(new)
+    for _ in range(3):
+        next(old)
+    assert loader.state_dict()["position"] == 2

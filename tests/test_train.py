@@ -424,6 +424,11 @@ def test_out_of_memory_names_the_cure(photos, tmp_path, monkeypatch):
         Trainer(CFG).fit(photos, out=tmp_path / "r", progress=False)
 
 
+def test_batch_norm_on_one_image_names_the_cure(photos, tmp_path):
+    with pytest.raises(UsageError, match="raise --batch-size"):
+        Trainer(replace(CFG, batch_size=1, size=32)).fit(photos, out=tmp_path / "r", progress=False)
+
+
 def test_no_full_batch(photos, tmp_path):
     with pytest.raises(UsageError, match="no full batch"):
         Trainer(replace(CFG, batch_size=100, drop_last=True)).fit(photos, out=tmp_path / "r")

@@ -81,6 +81,13 @@ class Trainer:
                     f"{device} has no memory for batches of {cfg.batch_size} images of {cfg.size} px; the same optimizer "
                     f"steps in less memory: --batch-size {max(1, cfg.batch_size // 2)} --accumulate {2 * cfg.accumulate}"
                 ) from error
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UsageError(
+                    f"{cfg.model} has batch norm layers, which cannot learn from a batch of {cfg.batch_size} at "
+                    f"{cfg.size} px; raise --batch-size"
+                ) from error
         best = session.best or {}
         return runs.Run(folder, cfg, split.classes, session.history, best, len(split.train), len(split.valid))
 

@@ -115,19 +115,28 @@ class Reader:
             sections = {str(k): tuple(int(n) for n in v) for k, v in index["sections"].items()}
             if any(len(v) != 3 for v in sections.values()):
                 raise ValueError("a section needs place, size and checksum")
-        except (ValueError, TypeError, KeyError, IndexError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise self._damaged(f"its index cannot be read ({error})") from error
         for name, (at, length, crc) in sections.items():
             if at < 0 or length < 0 or at + length > size:
                 raise self._damaged(f"section {name!r} of its index lies outside of it")
             self._sections[name] = region[at : at + length]
             self._section_crcs[name] = crc
+        for what in ("id", "source"):
+            ends = self._sections.get(f"{what}_ends")
+            if ends is not None and (
+                ends.size != 8 * self.num_samples or f"{what}_text" not in self._sections
+            ):
+                raise self._damaged(f"it has not one {what} for each sample")
         if "crc" in self._sections and self._sections["crc"].size != 4 * self.num_samples:
             raise self._damaged("it has not one checksum for each sample")
         self.format_version = version
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def __reduce__(self) -> Any:
+        return Reader, (self.path,)  # a pickle opens the file again, it does not carry it
 
     def __enter__(self) -> Reader:
         return self
@@ -210,7 +219,7 @@ class Reader:
             return data.tobytes()
         try:
             return json.loads(data.tobytes().split(b"\0", 1)[0])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptError(f"its field {name!r} is not JSON ({error})") from error
 
     def checksum_matches(self, index: int) -> bool | None:

@@ -61,6 +61,8 @@ class Engine:
         if (height, width) != out.shape[:2]:
             pixels.fill_outside(out, y, x, height, width, self._fill)
             out = out[y : y + height, x : x + width]
+            if not out.size:
+                return
         flips = int(table.flips[row])
         box: list[float] = table.box[row].tolist()
         clip: list[int] = table.clip[row].tolist()
