@@ -50,7 +50,7 @@ class PeerProcess:
         answer: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
         if "error" in answer:
             error = DataError(f"the peer {self.name!r} failed at {request['do']!r}: {answer['error']}")
-            if tail := self._tail():
+            if (tail := self._tail()) and hasattr(error, "add_note"):  # Python 3.11 or later
                 error.add_note(f"end of its log: {tail}")
             raise error
         return answer

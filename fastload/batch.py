@@ -40,7 +40,8 @@ class Batch:
         return super().__getitem__(key)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._names, tuple(self), self.__dict__)  # type: ignore[call-overload]
+        values: Any = self  # a tuple, by the class that batch_class makes
+        return _rebuild, (self._names, tuple(values), self.__dict__)
 
     def to(self, device: Any, non_blocking: bool = False) -> Any:
         """The same batch with its tensors on ``device``."""
