@@ -81,4 +81,4 @@ def unknown(kind: str, got: object, known: Iterable[str], cure: str = "") -> Usa
     else:
         hint = ""
     text = f"unknown {kind} {str(got)!r}"
-    return UsageError("; ".join(part for part in (text, hint, cure) if part))
+    return UsageError("; ".join(part for part in (text, hint, cure) if part).replace("?; ", "? "))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 import tarfile
 from pathlib import Path
 
@@ -104,11 +102,3 @@ def photos(shared_data):
             if len(found) == 60:
                 break
     return found
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collect_ffcv():
-    """Dead FFCV pipelines raise KeyError in numba's finalizers, which must not happen inside of pytest's own parser."""
-    yield
-    if "ffcv" in sys.modules:
-        gc.collect()

@@ -133,7 +133,7 @@ def test_version(run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["inspec", "x"], "unknown command 'inspec'; did you mean 'inspect'?; see: fastload --help"),
+        (["inspec", "x"], "unknown command 'inspec'; did you mean 'inspect'? see: fastload --help"),
         (["frobnicate"], "unknown command 'frobnicate'; known: bench, "),
         (["inspect"], "Missing argument 'DATA'"),
         (["inspect", "a", "b"], "unexpected extra argument"),
