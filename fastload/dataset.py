@@ -100,6 +100,10 @@ class Dataset(Sequence[dict[str, Any]]):
         for reader in self._readers:
             reader.close()
 
+    def base(self, index: int) -> int:
+        """Base index of sample ``index`` of this view."""
+        return index if self._view is None else int(self._view[index])
+
     def locate(self, index: int) -> tuple[beton.Reader, int]:
         """The file that holds sample ``index`` of this view, and its place there."""
         size = len(self)

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,18 +21,17 @@ import torch
 from fastload.batch import Batch, Buffers, batch_class
 from fastload.dataset import Dataset
 from fastload.dataset import open as open_dataset
-from fastload.draws import Plan, Table
-from fastload.engines.cpu import Engine, check_uniform
-from fastload.errors import CorruptError, DataError, FastloadError, UsageError, unknown
-from fastload.kernels import pixels, rng
+from fastload.draws import Plan
+from fastload.engines.cpu import check_uniform
+from fastload.errors import DataError, UsageError, unknown
+from fastload.jobs import Filler, Job, Replaced
+from fastload.kernels import pixels
 from fastload.order import Order, balanced_weights
 from fastload.system import usable_cores
 from fastload.transforms import Spec
 
 __all__ = ["Batch", "Loader", "Replaced"]
 
-_STREAM_REPLACE = 0xFC00
-_ATTEMPTS = 10
 _MOST_CLASSES = 1_000_000
 _SLICES_PER_THREAD = 3  # small enough that one large image does not hold a batch
 _DTYPES = {
@@ -43,17 +40,6 @@ _DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A corrupt sample whose place in an epoch another sample took; indices are base indices."""
-
-    index: int
-    id: str
-    source: str
-    reason: str
-    replacement: int
 
 
 class Loader:
@@ -113,7 +99,6 @@ class Loader:
         self.drop_last = bool(drop_last)
         if on_error not in ("raise", "replace"):
             raise UsageError(f"on_error must be 'raise' or 'replace', got {on_error!r}")
-        self._replace = on_error == "replace"
         if engine != "cpu":
             if engine in ("cuda", "dali"):
                 raise UsageError(
@@ -147,7 +132,7 @@ class Loader:
         self._repeats = weights is not None or repeats
         self._fields = self._check_fields(fields)
         self._batch_class = batch_class(self._fields)
-        self._engine = Engine(self.dataset, self.plan, decode)
+        self._filler = Filler(self.dataset, self.plan, seed, decode, on_error == "replace")
         try:
             self.device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
@@ -162,7 +147,6 @@ class Loader:
         # On a GPU bytes travel, a quarter of the floats, and are normalised there.
         self._normalise_late = cuda and not self.plan.mixers
         self._buffers = Buffers(pinned=cuda)
-        self.errors: list[Replaced] = []
         self.epoch = 0
         self._position = 0  # samples of this rank that were handed out in `epoch`
         self._started = False
@@ -193,6 +177,11 @@ class Loader:
     def seed(self) -> int:
         """The seed of order and augmentation."""
         return self._order.seed
+
+    @property
+    def errors(self) -> list[Replaced]:
+        """Corrupt samples that were replaced so far."""
+        return self._filler.errors
 
     def stats(self) -> dict[str, float]:
         """Of the current or last epoch: seconds the consumer waited for batches (``wait_s``), batches, samples."""
@@ -249,7 +238,7 @@ class Loader:
     def _run(self, epoch: int, start: int, turn: int) -> Iterator[Any]:
         starts = iter(range(start, self.num_samples, self.batch_size))
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastload")
-        jobs: deque[_Job] = deque()
+        jobs: deque[Job] = deque()
         try:
             for at in starts:
                 jobs.append(self._submit(pool, epoch, at))
@@ -282,7 +271,7 @@ class Loader:
         if self._owned:
             self.dataset.close()
 
-    def _submit(self, pool: ThreadPoolExecutor, epoch: int, start: int) -> _Job:
+    def _submit(self, pool: ThreadPoolExecutor, epoch: int, start: int) -> Job:
         stop = min(start + self.batch_size, self.num_samples)
         chosen = self._order.take(epoch, start, stop)
         bases = chosen if self._indices is None else self._indices[chosen]
@@ -299,75 +288,15 @@ class Loader:
         floats = None
         if self.dtype != torch.uint8 and not self._normalise_late:
             floats = self._buffers.take(images.shape, np.float32)
-        job = _Job(epoch, stop, np.array(bases, np.int64), table, images, floats)
+        job = Job(epoch, stop, np.array(bases, np.int64), table, images, floats)
         step = max(1, -(-len(bases) // (self.threads * _SLICES_PER_THREAD)))
         job.slices = [
-            pool.submit(self._work, job, at, min(at + step, len(bases))) for at in range(0, len(bases), step)
+            pool.submit(self._filler.fill, job, at, min(at + step, len(bases)))
+            for at in range(0, len(bases), step)
         ]
         return job
 
-    def _work(self, job: _Job, start: int, stop: int) -> None:
-        """Fill rows [start, stop) of a job; runs on a thread of the pool."""
-        for row in range(start, stop):
-            if job.cancelled:
-                return
-            base = int(job.bases[row])
-            try:
-                self._engine.execute(base, job.table, row, job.images[row])
-            except CorruptError as error:
-                self._blame(error, base)
-                if not self._replace:
-                    raise
-                self._substitute(job, row, error)
-            except FastloadError:
-                raise
-            except Exception as error:
-                # A user's PerImage, or a bug: say at which sample, without hiding what it was.
-                if hasattr(error, "add_note"):
-                    reader, at = self.dataset.locate_base(base)
-                    error.add_note(f"while loading sample {base}, id {reader.name(at)!r}")
-                raise
-        if job.floats is not None:
-            pixels.normalise(job.images[start:stop], *self._affine(), job.floats[start:stop])
-
-    def _blame(self, error: CorruptError, base: int) -> None:
-        reader, at = self.dataset.locate_base(base)
-        error.at(base, reader.name(at), reader.name(at, "source"))
-
-    def _substitute(self, job: _Job, row: int, error: CorruptError) -> None:
-        """Put another sample in the place of a corrupt one: which one depends on the seed and the sample only."""
-        base = int(job.bases[row])
-        u = rng.uniforms(self.seed, 0, np.array([base], np.uint64), _STREAM_REPLACE, _ATTEMPTS)[0]
-        for attempt in range(_ATTEMPTS):
-            place = min(int(u[attempt] * len(self.dataset)), len(self.dataset) - 1)
-            other = place if self._indices is None else int(self._indices[place])
-            if other == base:
-                continue
-            try:
-                size = self.dataset.gather(self.dataset.image_field, np.array([other]))
-                table = self.plan.draw(self.seed, job.epoch, np.array([other]), size["height"], size["width"])
-                self._engine.execute(other, table, 0, job.images[row])
-            except CorruptError:
-                continue
-            job.bases[row] = other
-            replaced = Replaced(base, error.id or "", error.source or "", error.reason, other)
-            if not self.errors:
-                warnings.warn(
-                    f"{error}; another sample takes its place (all are listed in loader.errors)", stacklevel=2
-                )
-            self.errors.append(replaced)
-            return
-        raise error
-
-    def _affine(self) -> tuple[np.ndarray, np.ndarray]:
-        """scale and shift (3,) float32 that turn bytes into what was asked for."""
-        spec = self.plan.normalize
-        if spec is None:
-            return np.full(3, 1 / 255, np.float32), np.zeros(3, np.float32)
-        mean, std = np.asarray(spec.mean), np.asarray(spec.std)
-        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-
-    def _collect(self, job: _Job) -> Any:
+    def _collect(self, job: Job) -> Any:
         for part in job.slices:
             part.result()
         job.slices = []
@@ -395,7 +324,9 @@ class Loader:
         elif self.device is not None:
             images = images.to(self.device)
         if self._normalise_late and self.dtype != torch.uint8:
-            scale, shift = (torch.from_numpy(v).to(images.device).view(1, 3, 1, 1) for v in self._affine())
+            scale, shift = (
+                torch.from_numpy(v).to(images.device).view(1, 3, 1, 1) for v in self._filler.affine
+            )
             images = images.to(torch.float32).mul_(scale).add_(shift)
         return images if images.dtype == self.dtype else images.to(self.dtype)
 
@@ -413,7 +344,7 @@ class Loader:
         values = values.astype(np.float32) if self.dataset.fields[name].kind == "float" else values
         return self._move(torch.from_numpy(np.ascontiguousarray(values)))
 
-    def _mixed_labels(self, job: _Job) -> torch.Tensor:
+    def _mixed_labels(self, job: Job) -> torch.Tensor:
         labels = self.dataset.gather("label", job.bases)
         if labels.ndim == 1:
             if labels.min(initial=0) < 0 or labels.max(initial=0) >= self._classes:
@@ -476,24 +407,6 @@ class Loader:
                 "uint8 cannot hold normalised pixels: leave Normalize out, or ask for a float dtype"
             )
         return chosen
-
-
-class _Job:
-    """A batch in the making."""
-
-    def __init__(
-        self,
-        epoch: int,
-        stop: int,
-        bases: np.ndarray,
-        table: Table,
-        images: np.ndarray,
-        floats: np.ndarray | None,
-    ) -> None:
-        self.epoch, self.stop, self.bases, self.table = epoch, stop, bases, table
-        self.images, self.floats = images, floats
-        self.slices: list[Future[None]] = []
-        self.cancelled = False
 
 
 def _integer(name: str, value: Any) -> int:

@@ -60,6 +60,7 @@ LAYERS = {
     "converter": 3,
     "engines": 4,
     "batch": 4,
+    "jobs": 5,
     "loader": 5,
     "plan": 6,  # measures what a conversion would give with the real loader
     "summary": 6,
