@@ -76,6 +76,16 @@ class Dataset(Sequence[dict[str, Any]]):
         return [reader.path for reader in self._readers]
 
     @property
+    def is_view(self) -> bool:
+        """Whether this shows some samples of its files, or all of them in another order."""
+        return self._view is not None
+
+    @property
+    def format_version(self) -> int:
+        """Version of fastload's index in the (first) file; 0 for a file that FFCV wrote."""
+        return self._readers[0].format_version
+
+    @property
     def indices(self) -> np.ndarray:
         """Base index of each sample of this view, (N,) int64."""
         return np.arange(self._starts[-1]) if self._view is None else self._view

@@ -126,7 +126,7 @@ class Loader:
             _positive("world_size", world_size),
         )
         self._order = Order(len(self.dataset), seed, bool(shuffle), weights, rank, world_size, self.drop_last)
-        self._indices = None if self.dataset._view is None else self.dataset._view
+        self._indices = self.dataset.indices if self.dataset.is_view else None
         # Where a sample may come twice in an epoch, each time must look different.
         repeats = self._indices is not None and len(np.unique(self._indices)) < len(self._indices)
         self._repeats = weights is not None or repeats

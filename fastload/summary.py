@@ -142,7 +142,7 @@ def summarise(dataset: Dataset, pixel_samples: int = 500, progress: bool = False
         sampled=len(chosen),
         encoding=dict(dataset.info.get("encoding", {})),
         created_by=str(dataset.info.get("created_by", "")),
-        format_version=dataset._readers[0].format_version,
+        format_version=dataset.format_version,
     )
 
 
