@@ -12,6 +12,8 @@ setup(
         "fastload": "fastload",
         "fastload.kernels": "kernels",
         "fastload.benchmarks": "benchmarks",
+        "fastload.benchmarks.peers": "benchmarks/peers",
+        "fastload.benchmarks.report": "benchmarks/report",
         "fastload.train": "train",
     },
     packages=[
@@ -21,7 +23,9 @@ setup(
         "fastload.engines",
         "fastload.kernels",
         "fastload.benchmarks",
+        "fastload.benchmarks.peers",
+        "fastload.benchmarks.report",
         "fastload.train",
     ],
-    package_data={"fastload": ["py.typed"]},
+    package_data={"fastload": ["py.typed"], "fastload.benchmarks.report": ["template.html.j2"]},
 )

@@ -1,4 +1,4 @@
-"""Measuring: ``bench`` answers a user's question, ``vs_ffcv`` measures the project's own claims, ``harness`` keeps both fair.
+"""Measuring: ``bench`` answers a user's question, ``compare`` measures it beside its peers, ``harness`` keeps both fair.
 
 Only the public API of fastload is used here, so what is measured is what users get. The trade-off: stages inside the engine are
 not timed apart.

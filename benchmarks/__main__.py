@@ -1,6 +1,6 @@
-"""Comparisons behind the project's claims: ``python -m fastload.benchmarks vs-ffcv --data photos.tar``.
+"""Comparisons behind the project's claims: ``python -m fastload.benchmarks compare photos.tar --peers cpu,ffcv``.
 
-Not part of the ``fastload`` command, because a user's question is answered by ``fastload bench``.
+The same as ``fastload bench DATA --compare``, with all options, for those who measure the project and not their own data.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 
 import click
 
+from fastload.benchmarks.compare_options import compare_flags
 from fastload.errors import FastloadError
 
 
@@ -18,34 +19,53 @@ def cli() -> None:
     """Measure fastload beside its peers."""
 
 
-@cli.command("vs-ffcv")
+@cli.command("compare")
+@click.argument("data", type=click.Path())
+@click.option("--peers", default="cpu,ffcv", show_default=True, help="Comma-separated, or all.")
+@compare_flags
 @click.option(
-    "--data", required=True, type=click.Path(), help="Folder of class folders with photos, or a tar of one."
+    "--rounds", default=5, show_default=True, help="Rounds in which the peers take turns, at least 5."
 )
-@click.option("--rounds", default=7, show_default=True, help="Alternating rounds, at least 5.")
-@click.option("--images", default=2000, show_default=True, help="Images a round (whole epochs).")
-@click.option("--copies", default=4, show_default=True, help="How often each photo stands in the file.")
-@click.option("--threads", default=2, show_default=True, help="Threads or workers of each peer.")
-@click.option("--out", type=click.Path(), default=None, help="Append the record to this JSON-lines file.")
-def vs_ffcv(data: str, rounds: int, images: int, copies: int, threads: int, out: str | None) -> None:
-    """Load, start and convert beside FFCV 1.0.2, alternating, on the same file. A few minutes."""
-    from tqdm.auto import tqdm
+@click.option(
+    "--threads", type=int, default=None, help="Threads or workers of each peer. [default: all cores]"
+)
+@click.option("--batch-size", default=64, show_default=True, help="Images a batch.")
+@click.option("--out", type=click.Path(), default=None, help="Append each record to this JSON-lines file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array as the last line.")
+def compare(
+    data: str,
+    peers: str,
+    workloads: str,
+    baseline: str | None,
+    install: bool,
+    images: int,
+    rounds: int,
+    threads: int | None,
+    batch_size: int,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Peers on the same work with DATA: a folder of class folders with photographs, a tar of one, or a .beton of JPEG images."""
+    from fastload.benchmarks.compare import run
+    from fastload.benchmarks.compare_table import table
 
-    from fastload.benchmarks.harness import write_jsonl
-    from fastload.benchmarks.vs_ffcv import VsOptions, compare, table
-
-    options = VsOptions(data, rounds=rounds, images=images, copies=copies, threads=threads)
-    with tqdm(desc="vs-ffcv", unit="job", leave=False) as bar:
-
-        def say(text: str) -> None:
-            bar.set_postfix_str(text)
-            bar.update(1)
-
-        record = compare(options, say)
-    click.echo(table(record))
+    records = run(
+        data,
+        peers,
+        workloads,
+        baseline=baseline,
+        rounds=rounds,
+        images=images,
+        threads=threads,
+        batch_size=batch_size,
+        install=install,
+        out=out,
+        done=lambda record: click.echo(table(record) + "\n"),
+    )
     if out is not None:
-        click.echo(f"record: {write_jsonl(out, [record])}")
-    click.echo(json.dumps(record))
+        click.echo(f"Records: {out}")
+    if as_json:
+        click.echo(json.dumps(records))
 
 
 def main() -> None:

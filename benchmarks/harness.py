@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastload.errors import UsageError
+from fastload.errors import FastloadError, UsageError
 
 MIN_ROUNDS = 5
 NOISY = 0.15
@@ -91,10 +91,12 @@ def interleave(
     warmup: int = 1,
     unit: str = "images/s",
     progress: Callable[[str], object] | None = None,
+    on_error: Callable[[str, FastloadError], object] | None = None,
 ) -> dict[str, Series]:
     """Run every job once a round, in an order that rotates, and keep the figure that each returns.
 
-    ``warmup`` rounds come first and are thrown away. ``progress`` is called with a name before each job.
+    ``warmup`` rounds come first and are thrown away. ``progress`` is called with a name before each job. A job that raises a
+    FastloadError ends the measurement; with ``on_error`` it is told there and dropped with all its rounds, and the others go on.
     """
     if rounds < MIN_ROUNDS:
         raise UsageError(f"a figure needs at least {MIN_ROUNDS} rounds, got {rounds}")
@@ -105,9 +107,18 @@ def interleave(
     for turn in range(warmup + rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
+            if name not in kept:
+                continue
             if progress is not None:
                 progress(name)
-            figure = jobs[name]()
+            try:
+                figure = jobs[name]()
+            except FastloadError as error:
+                if on_error is None:
+                    raise
+                on_error(name, error)
+                del kept[name]
+                continue
             if turn >= warmup:
                 kept[name].append(figure)
     return {name: Series(name, tuple(values), unit) for name, values in kept.items()}

@@ -24,6 +24,7 @@ from fastload.system import affinity_cores, quota_cores, usable_cores
 
 __all__ = [
     "affinity_cores",
+    "available_bytes",
     "cached_share",
     "commit",
     "cpu_name",
@@ -65,6 +66,23 @@ def ram_bytes() -> int | None:
         if limit.isdigit():
             total = min(total, int(limit))
     return total
+
+
+def available_bytes() -> int | None:
+    """Memory that new processes could take now without swapping, or what the control group leaves where that is less."""
+    fields = dict(line.split(":", 1) for line in _read("/proc/meminfo").splitlines() if ":" in line)
+    words = fields.get("MemAvailable", "").split()
+    if not words:
+        return None
+    free = int(words[0]) * 1024
+    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    if limit.isdigit() and used.isdigit():
+        stat = dict(
+            line.split(None, 1) for line in _read("/sys/fs/cgroup/memory.stat").splitlines() if " " in line
+        )
+        cache = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given back when needed
+        free = min(free, int(limit) - int(used) + cache)
+    return free
 
 
 def version(package: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastload.benchmarks.options import BenchOptions
+from fastload.benchmarks.variants import Variant
 from fastload.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,25 +28,44 @@ LEAST_STEPS = 12
 
 
 class ModelSide:
-    """The trainer's step with one synthetic batch of the right shape already on the device."""
+    """The trainer's step with one synthetic batch of the right shape already on the device.
 
-    def __init__(self, options: BenchOptions, dataset: Dataset, device: Any) -> None:
+    ``variant`` says how the step is computed (default: the trainer's own way). With ``normalise`` the batch is uint8, as batches of
+    the loader must be then.
+    """
+
+    def __init__(
+        self, options: BenchOptions, dataset: Dataset, device: Any, *, variant: Variant | None = None
+    ) -> None:
         import torch
 
         from fastload.train import Config, make_step
+        from fastload.transforms import IMAGENET_MEAN, IMAGENET_STD
 
-        self.device, self.model = device, options.model
+        self.device, self.model, self.variant = device, options.model, variant or Variant()
         self.has_labels = "label" in dataset.fields and dataset.fields["label"].kind in ("int", "ndarray")
         self.soft = self.has_labels and dataset.fields["label"].kind == "ndarray"
         classes = num_classes(dataset)
         config = Config(
-            model=options.model, size=options.size, batch_size=options.batch_size, seed=options.seed
+            model=options.model,
+            size=options.size,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            channels_last=self.variant.channels_last,
+            amp=self.variant.amp,
+            compile=self.variant.compile,
         )
         self.step = make_step(config, classes, device)
         self.amp = str(getattr(self.step, "amp", None))
         generator = torch.Generator().manual_seed(options.seed)
         shape = (options.batch_size, 3, options.size, options.size)
-        images = torch.randn(shape, generator=generator).to(memory_format=torch.channels_last)
+        if self.variant.normalise:
+            images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        else:
+            images = torch.randn(shape, generator=generator)
+        images = images.to(memory_format=torch.channels_last)
+        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        self.scale, self.shift = 1 / (255 * std), -mean / std
         if self.soft:
             labels = torch.rand((options.batch_size, classes), generator=generator).round()
         else:
@@ -63,6 +83,8 @@ class ModelSide:
 
     def train(self, images: Any, labels: Any) -> None:
         """One step to its end: the loop waits for the device, so that a stall is never hidden in the device's queue."""
+        if self.variant.normalise:
+            images = images.to(self.device, non_blocking=True).float().mul_(self.scale).add_(self.shift)
         self.step(images, labels)
         self.sync()
 

@@ -55,10 +55,10 @@ class Filler:
     ``replace`` puts another sample in the place of a corrupt one; else the CorruptError, naming the sample, is raised.
     """
 
-    def __init__(self, dataset: Dataset, plan: Plan, seed: int, decode: str, replace: bool) -> None:
+    def __init__(self, dataset: Dataset, plan: Plan, seed: int, engine: Engine, replace: bool) -> None:
         self._dataset, self._plan, self._seed, self._replace = dataset, plan, seed, replace
-        self._engine = Engine(dataset, plan, decode)
-        self.affine = _affine(plan)
+        self._engine = engine
+        self._affine = affine(plan)
         self.errors: list[Replaced] = []
 
     def fill(self, job: Job, start: int, stop: int) -> None:
@@ -84,7 +84,7 @@ class Filler:
                     error.add_note(f"while loading sample {base}, id {reader.name(at)!r}")
                 raise
         if job.floats is not None:
-            pixels.normalise(job.images[start:stop], *self.affine, job.floats[start:stop])
+            pixels.normalise(job.images[start:stop], *self._affine, job.floats[start:stop])
 
     def _substitute(self, job: Job, row: int, error: CorruptError) -> None:
         """Put another sample in the place of a corrupt one: which one depends on the seed and the sample only."""
@@ -113,7 +113,7 @@ class Filler:
         raise error
 
 
-def _affine(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+def affine(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """scale and shift (3,) float32 that turn bytes into normalised pixels, or into 0..1 without a Normalize."""
     spec = plan.normalize
     if spec is None:

@@ -18,21 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastload.batch import Batch, Buffers, batch_class
+from fastload.batch import Batch, Buffers
 from fastload.dataset import Dataset
 from fastload.dataset import open as open_dataset
 from fastload.draws import Plan
-from fastload.engines.cpu import check_uniform
+from fastload.engines.cpu import Engine, check_uniform
+from fastload.engines.profiled import ProfiledEngine
 from fastload.errors import DataError, UsageError, unknown
+from fastload.finish import Finisher
 from fastload.jobs import Filler, Job, Replaced
-from fastload.kernels import pixels
 from fastload.order import Order, balanced_weights
+from fastload.stages import COPY, DRAW, MIX, NORMALISE, Clock, Stage, summarise
 from fastload.system import usable_cores
 from fastload.transforms import Spec
 
 __all__ = ["Batch", "Loader", "Replaced"]
 
 _MOST_CLASSES = 1_000_000
+_PASSES = 5  # of a profile
 _SLICES_PER_THREAD = 3  # small enough that one large image does not hold a batch
 _DTYPES = {
     "uint8": torch.uint8,
@@ -131,8 +134,9 @@ class Loader:
         repeats = self._indices is not None and len(np.unique(self._indices)) < len(self._indices)
         self._repeats = weights is not None or repeats
         self._fields = self._check_fields(fields)
-        self._batch_class = batch_class(self._fields)
-        self._filler = Filler(self.dataset, self.plan, seed, decode, on_error == "replace")
+        engine_of_threads = Engine(self.dataset, self.plan, decode)
+        self._decode, self._replace = decode, on_error == "replace"
+        self._filler = Filler(self.dataset, self.plan, seed, engine_of_threads, self._replace)
         try:
             self.device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
@@ -140,13 +144,14 @@ class Loader:
                 f"device must be 'cpu', 'cuda', 'cuda:1', 'mps' or so, got {device!r}"
             ) from error
         self.dtype = self._check_dtype(dtype)
-        self._classes = self._count_classes() if self.plan.mixers else 0
+        classes = self._count_classes() if self.plan.mixers else 0
         cuda = self.device is not None and self.device.type == "cuda"
         if cuda and not torch.cuda.is_available():
             raise UsageError("device 'cuda' is not available here; see: fastload doctor")
-        # On a GPU bytes travel, a quarter of the floats, and are normalised there.
-        self._normalise_late = cuda and not self.plan.mixers
         self._buffers = Buffers(pinned=cuda)
+        self._finisher = Finisher(
+            self.dataset, self.plan, self._fields, self.dtype, self.device, self._buffers, classes
+        )
         self.epoch = 0
         self._position = 0  # samples of this rank that were handed out in `epoch`
         self._started = False
@@ -272,7 +277,16 @@ class Loader:
             self.dataset.close()
 
     def _submit(self, pool: ThreadPoolExecutor, epoch: int, start: int) -> Job:
-        stop = min(start + self.batch_size, self.num_samples)
+        job = self._draw(epoch, start, min(start + self.batch_size, self.num_samples))
+        count = len(job.bases)
+        step = max(1, -(-count // (self.threads * _SLICES_PER_THREAD)))
+        job.slices = [
+            pool.submit(self._filler.fill, job, at, min(at + step, count)) for at in range(0, count, step)
+        ]
+        return job
+
+    def _draw(self, epoch: int, start: int, stop: int) -> Job:
+        """The samples at positions [start, stop) of an epoch, what is to be done to them, and memory for it."""
         chosen = self._order.take(epoch, start, stop)
         bases = chosen if self._indices is None else self._indices[chosen]
         rows = self.dataset.gather(self.dataset.image_field, bases)
@@ -285,79 +299,76 @@ class Loader:
         else:
             size = (int(rows["height"][0]), int(rows["width"][0]))
         images = self._buffers.take((len(bases), *size, 3), np.uint8)
-        floats = None
-        if self.dtype != torch.uint8 and not self._normalise_late:
-            floats = self._buffers.take(images.shape, np.float32)
-        job = Job(epoch, stop, np.array(bases, np.int64), table, images, floats)
-        step = max(1, -(-len(bases) // (self.threads * _SLICES_PER_THREAD)))
-        job.slices = [
-            pool.submit(self._filler.fill, job, at, min(at + step, len(bases)))
-            for at in range(0, len(bases), step)
-        ]
-        return job
+        floats = self._buffers.take(images.shape, np.float32) if self._finisher.wants_floats else None
+        return Job(epoch, stop, np.array(bases, np.int64), table, images, floats)
 
     def _collect(self, job: Job) -> Any:
         for part in job.slices:
             part.result()
         job.slices = []
-        array = job.images if job.floats is None else job.floats
-        if job.table.mix is not None and job.table.mix_box is not None:
-            rounding = np.float32(0.5 if array.dtype == np.uint8 else 0.0)
-            pixels.mix(array, job.table.mix, job.table.mix_box, rounding)
-        values: dict[str, Any] = {}
-        for name in self._fields:
-            if name == self.dataset.image_field:
-                values[name] = self._finish_images(array)
-            elif name == "label" and self.plan.mixers:
-                values[name] = self._move(self._mixed_labels(job))
-            else:
-                values[name] = self._column(name, job.bases)
-        batch = self._batch_class(*(values[name] for name in self._fields))
-        if "index" not in self._fields:
-            batch.__dict__["_index"] = torch.from_numpy(job.bases)
+        finisher = self._finisher
+        return finisher.batch(job, finisher.convert(finisher.copy(finisher.mix(job))))
+
+    # -- measuring -------------------------------------------------------------------------------------------------
+
+    def profile(self, images: int = 256) -> list[Stage]:
+        """Seconds and bytes an image of each step of the work, on the calling thread alone.
+
+        After a warm-up, five passes over successive stretches of the current epoch, of ``images`` images together or a
+        batch each where that is more; the median of each stage. The iteration is left where it is. The stages add up to the
+        time that one thread needs for an image; with more threads all but draw, mix and copy are shared out.
+        """
+        rows = min(self.batch_size, _positive("images", images), self.num_samples)
+        if self._closed or not rows:
+            raise UsageError(
+                "there is nothing to profile: this loader is closed, or has fewer samples than a batch"
+            )
+        engine = ProfiledEngine(self.dataset, self.plan, Clock(), self._decode)
+        filler = Filler(self.dataset, self.plan, self.seed, engine, self._replace)
+        per_pass = max(1, images // _PASSES // rows)
+        starts = self._stretches(rows)
+        passes = []
+        for _ in range(1 + _PASSES):
+            engine.clock = Clock()
+            for _ in range(per_pass):
+                self._timed_batch(next(starts), rows, filler, engine.clock)
+            passes.append(engine.clock)
+        return summarise(passes[1:], per_pass * rows)
+
+    def _stretches(self, rows: int) -> Iterator[int]:
+        """Where batches of ``rows`` samples begin, epoch after epoch."""
+        while True:
+            yield from range(0, self.num_samples - rows + 1, rows)
+
+    def _timed_batch(self, start: int, rows: int, filler: Filler, clock: Clock) -> Any:
+        """The batch that the threads would make, made here; what the engine does not mark is marked here."""
+        job = self._draw(self.epoch, start, start + rows)
+        clock.mark(DRAW)
+        filler.fill(job, 0, rows)
+        if job.floats is not None:
+            clock.mark(NORMALISE, job.floats.nbytes)
+        array = self._finisher.mix(job)
+        if self.plan.mixers:
+            clock.mark(MIX, array.nbytes)
+        copied = self._finisher.copy(array)
+        if copied.device.type != "cpu":
+            self._wait()
+            clock.mark(COPY, array.nbytes)
+        images = self._finisher.convert(copied)
+        if images is not copied:
+            self._wait()
+            clock.mark(NORMALISE, images.nbytes)
+        batch = self._finisher.batch(job, images)
+        self._wait()
+        clock.mark(DRAW)
         return batch
 
-    def _finish_images(self, array: np.ndarray) -> torch.Tensor:
-        images = torch.from_numpy(array).permute(0, 3, 1, 2)  # (B, 3, H, W), channels_last
+    def _wait(self) -> None:
+        """Until the device has done what it was given: a clock must not stop before."""
         if self.device is not None and self.device.type == "cuda":
-            images = self._buffers.upload(images, array, self.device)
-        elif self.device is not None:
-            images = images.to(self.device)
-        if self._normalise_late and self.dtype != torch.uint8:
-            scale, shift = (
-                torch.from_numpy(v).to(images.device).view(1, 3, 1, 1) for v in self._filler.affine
-            )
-            images = images.to(torch.float32).mul_(scale).add_(shift)
-        return images if images.dtype == self.dtype else images.to(self.dtype)
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.device is None else tensor.to(self.device, non_blocking=True)
-
-    def _column(self, name: str, bases: np.ndarray) -> Any:
-        if name == "index":
-            return self._move(torch.from_numpy(bases))
-        if name in ("id", "source") and name not in self.dataset.fields:
-            return [reader.strings(name)[at] for reader, at in map(self.dataset.locate_base, bases.tolist())]
-        values = self.dataset.gather(name, bases)
-        if self.dataset.fields[name].kind in ("bytes", "json"):
-            return list(values)
-        values = values.astype(np.float32) if self.dataset.fields[name].kind == "float" else values
-        return self._move(torch.from_numpy(np.ascontiguousarray(values)))
-
-    def _mixed_labels(self, job: Job) -> torch.Tensor:
-        labels = self.dataset.gather("label", job.bases)
-        if labels.ndim == 1:
-            if labels.min(initial=0) < 0 or labels.max(initial=0) >= self._classes:
-                raise DataError(
-                    f"mixing needs labels from 0 to {self._classes - 1}, got {labels.min()} to {labels.max()}"
-                )
-            soft = np.zeros((len(labels), self._classes), np.float32)
-            soft[np.arange(len(labels)), labels] = 1.0
-        else:
-            soft = labels.astype(np.float32)
-        assert job.table.mix is not None
-        own = job.table.mix[:, None]
-        return torch.from_numpy(soft * own + soft[::-1] * (1 - own))
+            torch.cuda.synchronize(self.device)
+        elif self.device is not None and self.device.type == "mps":
+            torch.mps.synchronize()
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

@@ -105,3 +105,119 @@ def restart_segments(data: bytes) -> list[bytes]:
             segments.append(data[at:place])
             at = place + 2
     return segments
+
+
+def _huffman_codes(data: bytes) -> tuple[dict[int, dict[tuple[int, int], int]], dict[int, np.ndarray]]:
+    """All Huffman tables, {class and id byte: {(length, code): symbol}}, and quantisation tables in stream order."""
+    codes, quants, at = {}, {}, 2
+    while data[at + 1] != 0xDA:
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        body = data[at + 4 : at + 2 + length]
+        while data[at + 1] == 0xC4 and body:
+            table, code, k = {}, 0, 17
+            for size in range(1, 17):
+                for _ in range(body[size]):
+                    table[size, code] = body[k]
+                    code, k = code + 1, k + 1
+                code *= 2
+            codes[body[0]], body = table, body[k:]
+        while data[at + 1] == 0xDB and body:
+            quants[body[0]], body = np.frombuffer(body[1:65], np.uint8).astype(np.int64), body[65:]
+        at += 2 + length
+    return codes, quants
+
+
+def jpeg_coefficients(data: bytes) -> list[np.ndarray]:
+    """The dequantised coefficients of a baseline JPEG: for each component (block rows, block columns, 8, 8) int64.
+
+    Bit by bit, in Python: for small pictures. Blocks that pad the last MCU are there too.
+    """
+    codes, quants = _huffman_codes(data)
+    frame = min(i for i in (data.find(b"\xff\xc0"), data.find(b"\xff\xc1")) if i > 0) + 5
+    height, width = (int.from_bytes(data[frame + i : frame + i + 2], "big") for i in (0, 2))
+    parts = [data[frame + 5 + 3 * i : frame + 8 + 3 * i] for i in range(data[frame + 4])]
+    shapes = [(p[1] >> 4, p[1] & 15) if len(parts) > 1 else (1, 1) for p in parts]
+    across = -(-width // (8 * max(h for h, _ in shapes)))
+    down = -(-height // (8 * max(v for _, v in shapes)))
+    scan = data.index(b"\xff\xda") + 5
+    tables = [data[scan + 1 + 2 * i] for i in range(len(parts))]
+    order = sorted(range(64), key=lambda p: (p // 8 + p % 8, (p // 8 if (p // 8 + p % 8) % 2 else p % 8)))
+    planes = [np.zeros((down * v, across * h, 64), np.int64) for h, v in shapes]
+    restart = data.find(b"\xff\xdd")
+    interval = int.from_bytes(data[restart + 4 : restart + 6], "big") if 0 < restart < scan else 0
+    for number, segment in enumerate(restart_segments(data)):
+        bits = "".join(f"{byte:08b}" for byte in segment.replace(b"\xff\x00", b"\xff"))
+        at, predicted = 0, [0] * len(parts)
+
+        def symbol(table: dict[tuple[int, int], int], bits: str = bits) -> int:
+            nonlocal at
+            for size in range(1, 17):
+                found = table.get((size, int(bits[at : at + size], 2)))
+                if found is not None:
+                    at += size
+                    return found
+            raise ValueError("no such code")
+
+        def value(size: int, bits: str = bits) -> int:
+            nonlocal at
+            at += size
+            number = int("0" + bits[at - size : at], 2)
+            return number if size == 0 or number >> (size - 1) else number - 2**size + 1
+
+        last = across * down if not interval else min((number + 1) * interval, across * down)
+        for mcu in range(number * interval, last):
+            for c, (h, v) in enumerate(shapes):
+                for b in range(h * v):
+                    block = np.zeros(64, np.int64)
+                    predicted[c] += value(symbol(codes[tables[c] >> 4]))
+                    block[0] = predicted[c]
+                    k = 1
+                    while k < 64:
+                        run = symbol(codes[0x10 | tables[c] & 15])
+                        if run & 15 == 0 and run != 0xF0:
+                            break
+                        k += run >> 4
+                        block[order[k]] = value(run & 15)
+                        k += 1
+                    natural = np.zeros(64, np.int64)
+                    natural[order] = quants[parts[c][2]]
+                    planes[c][mcu // across * v + b // h, mcu % across * h + b % h] = block * natural
+    return [plane.reshape(*plane.shape[:2], 8, 8) for plane in planes]
+
+
+def jpeg_planes(data: bytes) -> list[np.ndarray]:
+    """Samples of each component by the definition of the inverse DCT, (height, width) float64 with MCU padding."""
+    u = np.arange(8)
+    basis = np.cos((2 * u[:, None] + 1) * u * np.pi / 16) / 2
+    basis[:, 0] /= np.sqrt(2)
+    planes = []
+    for coefficients in jpeg_coefficients(data):
+        samples = (
+            np.einsum("yu,bcuv,xv->bycx", basis, coefficients.astype(np.float64), basis, optimize=True) + 128
+        )
+        planes.append(np.clip(samples.reshape(samples.shape[0] * 8, -1), 0, 255))
+    return planes
+
+
+def crop_planes(
+    planes: list[np.ndarray],
+    sampling: tuple[int, int],
+    box: tuple[float, float, float, float],
+    clip: tuple[int, int, int, int],
+    size: tuple[int, int],
+    flips: int = 0,
+) -> np.ndarray:
+    """See :func:`fastload.kernels.crops.crop_to`, without reduction; ``sampling`` (y, x) is luma samples to a chroma sample."""
+    resized = []
+    for c, plane in enumerate(planes):
+        sy, sx = sampling if c else (1, 1)
+        limits = [clip[0] // sy, clip[1] // sx, -(-clip[2] // sy), -(-clip[3] // sx)]
+        rows = axis_matrix(box[0] / sy, box[2] / sy, limits[0], limits[2], plane.shape[0], size[0])
+        columns = axis_matrix(box[1] / sx, box[3] / sx, limits[1], limits[3], plane.shape[1], size[1])
+        resized.append(rows @ plane @ columns.T)
+    y = resized[0]
+    cb, cr = (p - 128 for p in resized[1:]) if len(planes) == 3 else (0 * y, 0 * y)
+    rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], axis=2)
+    out = np.clip(np.floor(rgb + 0.5), 0, 255).astype(np.uint8)
+    out = out[:, ::-1] if flips & 1 else out
+    return out[::-1] if flips & 2 else out

@@ -1,4 +1,4 @@
-"""The harness: statistics against numpy, interleaving, records; and the comparison's check of the work."""
+"""The harness: statistics against numpy, interleaving, records."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from fastload.benchmarks.harness import (
     read_jsonl,
     write_jsonl,
 )
-from fastload.benchmarks.process import PeerProcess
-from fastload.benchmarks.vs_ffcv import VsOptions, claims, compare_work, photo_files, unpack
-from fastload.errors import DataError, MissingExtraError, UsageError
+from fastload.errors import DataError, UsageError
 
 rates = st.lists(st.floats(0.01, 1e6), min_size=1, max_size=15)
 
@@ -84,6 +82,29 @@ def test_fewer_than_five_rounds_are_no_figure(rounds: int) -> None:
         interleave({"a": lambda: 1.0}, rounds=rounds)
 
 
+@pytest.mark.parametrize("turn", [0, 1, 3])  # in the warm-up, in the first round, in the middle
+def test_a_job_that_fails_is_dropped_with_its_rounds_and_the_others_go_on(turn: int) -> None:
+    calls: list[str] = []
+    told: list[tuple[str, str]] = []
+
+    def job(name: str):
+        def run() -> float:
+            calls.append(name)
+            if name == "b" and calls.count("b") > turn:
+                raise DataError("b broke")
+            return float(calls.count(name))
+
+        return run
+
+    jobs = {name: job(name) for name in "abc"}
+    series = interleave(jobs, rounds=5, on_error=lambda name, error: told.append((name, str(error))))
+    assert told == [("b", "b broke")]
+    assert {name: s.rounds for name, s in series.items()} == dict.fromkeys("ac", (2, 3, 4, 5, 6))
+    assert calls.count("b") == turn + 1
+    with pytest.raises(DataError, match="b broke"):
+        interleave(jobs, rounds=5)
+
+
 def test_noise_is_said_from_15_percent_on() -> None:
     silent = Series("quiet", (100, 110, 90, 100, 100))
     loud = Series("loud", (100, 140, 70, 100, 100))
@@ -137,107 +158,3 @@ def test_quota_is_read_from_both_versions_of_control_groups(monkeypatch) -> None
     files["/sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "300000"
     files["/sys/fs/cgroup/cpu/cpu.cfs_period_us"] = "100000"
     assert system.quota_cores() == 3
-
-
-# ---- the comparison ----
-
-
-def work(shift: float = 0.0, **changes):
-    picture = np.full((7, 7, 3), 120.0) + shift
-    base = {
-        "shapes": [[224, 224, 3]],
-        "dtypes": ["uint8"],
-        "labels": [0, 1],
-        "contrast": 50.0,
-        "images": 2000,
-    }
-    return {**base, "mean_picture": picture.tolist(), **changes}
-
-
-def test_equal_work_passes() -> None:
-    assert compare_work(work(), work(1.0), 224)["worst_cell_levels"] == 1.0
-
-
-@pytest.mark.parametrize(
-    "theirs",
-    [
-        work(3.5),
-        work(contrast=60.0),
-        work(labels=[0, 0]),
-        work(shapes=[[112, 112, 3]]),
-        work(dtypes=["float32"]),
-    ],
-)
-def test_no_speed_where_the_work_differs(theirs) -> None:
-    with pytest.raises(DataError):
-        compare_work(work(), theirs, 224)
-
-
-def test_swapped_channels_are_seen() -> None:
-    picture = np.zeros((7, 7, 3)) + [100, 120, 140]
-    ours, theirs = work(mean_picture=picture.tolist()), work(mean_picture=picture[..., ::-1].tolist())
-    with pytest.raises(DataError, match="mean pictures differ"):
-        compare_work(ours, theirs, 224)
-
-
-def test_claims_compare_ratios_and_seconds() -> None:
-    record = {
-        "train": {"ratio": {"median": 2.1}},
-        "convert": {"ratio": {"median": 1.4}},
-        "first_batch": {"fastload": {"median": 1.9}},
-    }
-    assert {name: claim["holds"] for name, claim in claims(record).items()} == {
-        "train": True,
-        "convert": False,
-        "first_batch_s": True,
-    }
-
-
-def test_options_of_the_comparison_are_checked(tmp_path) -> None:
-    with pytest.raises(UsageError, match="no folder or tar file"):
-        VsOptions(str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="at least 5 rounds, got 3"):
-        VsOptions(str(tmp_path), rounds=3)
-    with pytest.raises(DataError, match="no images"):
-        unpack(str(tmp_path), tmp_path)
-    broken = tmp_path / "broken.tar"
-    broken.write_bytes(b"not a tar file" * 100)
-    with pytest.raises(DataError, match="cannot unpack"):
-        unpack(str(broken), tmp_path)
-
-
-def test_a_folder_inside_the_tar_is_found(tmp_path) -> None:
-    from PIL import Image
-
-    target = tmp_path / "wrapped" / "photos" / "cat"
-    target.mkdir(parents=True)
-    (tmp_path / "wrapped" / "photos" / "dog").mkdir()
-    Image.new("RGB", (8, 8)).save(target / "a.jpg")
-    found = unpack(str(tmp_path / "wrapped"), tmp_path)
-    assert found == tmp_path / "wrapped" / "photos"
-    assert [path.name for path in photo_files(found)] == ["a.jpg"]
-
-
-def test_ffcv_missing_is_one_sentence_with_the_command(monkeypatch, tmp_path) -> None:
-    from fastload.benchmarks.vs_ffcv import compare
-
-    monkeypatch.setitem(sys.modules, "ffcv", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'fastload\[ffcv\]'"):
-        compare(VsOptions(str(tmp_path)))
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="stopping a process and reading its state is done on Linux"
-)
-def test_a_peer_is_stopped_between_its_turns_and_its_failure_is_one_sentence() -> None:
-    with PeerProcess("fastload") as peer:
-        assert peer.ask(do="idle")["cpu_s"] > 0
-        time.sleep(0.1)
-        with open(f"/proc/{peer.process.pid}/stat", encoding="ascii") as file:
-            assert file.read().rpartition(")")[2].split()[0] == "T"
-        with pytest.raises(DataError, match="peer 'fastload' failed at 'load'"):
-            peer.ask(do="load", arguments=["/nowhere.beton", 1, 8, 32])
-        assert peer.ask(do="idle")["cpu_s"] > 0  # it lives on
-        pid = peer.process.pid
-    assert peer.process.returncode is not None
-    assert not os.path.exists(f"/proc/{pid}")

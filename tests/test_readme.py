@@ -1,23 +1,38 @@
 """The README says what was measured, and its commands are the ones that are tested."""
 
-import json
+import re
 from pathlib import Path
 
 import pytest
 
-from fastload.benchmarks.vs_ffcv import markdown
+from fastload.benchmarks.compare_table import CLAIMS, claims, markdown
+from fastload.benchmarks.harness import MIN_ROUNDS, read_jsonl
 from fastload.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_claims_are_the_committed_result():
-    lines = (ROOT / "benchmarks" / "results" / "vs-ffcv.jsonl").read_text(encoding="utf-8").splitlines()
-    record = json.loads(lines[-1])
-    assert markdown(record) in README
-    assert all(claim["holds"] for claim in record["claims"].values())
-    assert record["check"]["passed"] and min(record[k]["ratio"]["n"] for k in ("train", "convert")) >= 5
+def claimed():
+    """The newest record of each workload in the file that the README's claims name."""
+    (path,) = re.findall(r"<!-- claims: (\S+) -->", README)
+    return list({record["workload"]: record for record in read_jsonl(ROOT / path)}.values())
+
+
+def test_the_tables_are_the_committed_result():
+    block = README.partition("<!-- claims: ")[2].partition("<!-- end of claims -->")[0]
+    shown = [record for record in claimed() if f"**{record['workload']}**" in block]
+    assert shown
+    for record in shown:
+        assert markdown([record]) in block
+        assert all(row["check"]["passed"] and row["figure"]["n"] >= MIN_ROUNDS for row in record["rows"])
+    assert block.count("\n|---") == len(shown)  # no table but those
+
+
+def test_the_claims_hold_in_the_committed_result():
+    found = claims(claimed())
+    assert set(found) == set(CLAIMS)
+    assert all(claim["holds"] for claim in found.values()), found
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

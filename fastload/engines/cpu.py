@@ -45,16 +45,15 @@ class Engine:
         reader, at = self._dataset.locate_base(base)
         image = reader.image(at, self._field)
         if self._plan.whole_image:
-            whole = self._decode_whole(image)
-            out[:] = self._call(self._plan.per_image[0], whole, table, row, out.shape)
+            self._call(self._plan.per_image[0], self._decode_whole(image), table, row, out)
         else:
             self._geometry(image, table, row, out)
-        if table.colour is not None and table.coloured[row]:
-            pixels.recolour(out, table.colour[row])
-        if table.erase.shape[1]:
-            pixels.erase(out, table.erase[row], self._erase_fill)
+        if table.colour is not None or table.erase.shape[1]:
+            self._recolour(table, row, out)
         for spec in self._plan.per_image[1 if self._plan.whole_image else 0 :]:
-            out[:] = self._call(spec, out, table, row, out.shape)
+            self._call(spec, out, table, row, out)
+
+    # Each of the following is one stage of the work (see fastload.stages): ProfiledEngine times them.
 
     def _geometry(self, image: EncodedImage, table: Table, row: int, out: np.ndarray) -> None:
         y, x, height, width = table.place[row].tolist()
@@ -67,9 +66,72 @@ class Engine:
         box: list[float] = table.box[row].tolist()
         clip: list[int] = table.clip[row].tolist()
         if image.mode == "raw":
-            source, origin, factor = _raw(image), (0, 0), 1
-        else:
-            source, origin, factor = self._decode_window(image, box, clip, height, width)
+            self._resize(_raw(image), (0, 0), 1, box, clip, out, flips)
+            return
+        window, factor = self._window(box, clip, height, width)
+        data, part = self._cut(image, window)
+        self._resize(self._decode(data, part, factor), part[:2], factor, box, clip, out, flips)
+
+    def _window(
+        self, box: list[float], clip: list[int], height: int, width: int
+    ) -> tuple[tuple[int, int, int, int], int]:
+        """The pixels y0, x0, y1, x1 that are looked at, and by what they may be reduced while they are decoded."""
+        scale_y, scale_x = (box[2] - box[0]) / height, (box[3] - box[1]) / width
+        factor = 1
+        while not self._exact and factor < 8 and min(scale_y, scale_x) >= 2 * factor:
+            factor *= 2
+        # The triangle filter looks one (scaled) pixel further than the box, where the clip allows.
+        margin = (_SMOOTH if self._exact else 0) + (factor if factor > 1 else 0)
+        reach_y, reach_x = max(scale_y, 1.0), max(scale_x, 1.0)
+        window = (
+            max(clip[0], math.floor(box[0] - reach_y)) - margin,
+            max(clip[1], math.floor(box[1] - reach_x)) - margin,
+            min(clip[2], math.ceil(box[2] + reach_y)) + margin,
+            min(clip[3], math.ceil(box[3] + reach_x)) + margin,
+        )
+        return window, factor
+
+    def _cut(
+        self, image: EncodedImage, window: tuple[int, int, int, int]
+    ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+        """A JPEG (n,) uint8 of at least the window, and the part y, x, height, width of the image that it shows."""
+        data = codecs.as_bytes(image.data)
+        scratch = self._scratch("jpeg", data.size)
+        found = np.empty(5, np.int64)
+        status = int(jpeg.cut(data, image.height, image.width, *window, scratch, found))
+        if status == jpeg.WHOLE:
+            return data, (0, 0, image.height, image.width)
+        if status != jpeg.OK:
+            raise CorruptError(jpeg.REASONS[status])
+        size, y, x, h, w = found.tolist()
+        return scratch[:size], (y, x, h, w)
+
+    def _decode(self, data: np.ndarray, part: tuple[int, int, int, int], factor: int) -> np.ndarray:
+        """The JPEG of ``part`` as pixels (h, w, 4), reduced by ``factor``."""
+        h, w = part[2:]
+        if h * w > codecs.MAX_PIXELS:
+            raise CorruptError(f"it has {w} x {h} pixels, over the limit of {codecs.MAX_PIXELS:,}")
+        least = (-(-h // factor), -(-w // factor))
+        memory = self._scratch("pixels", least[0] * least[1] * 4)
+        decoded = codecs.decode_rgbx(data, least if factor > 1 else (0, 0), self._exact, memory)
+        if decoded.shape[:2] != least:
+            raise CorruptError(
+                f"its JPEG decodes to {decoded.shape[0]} x {decoded.shape[1]}, not {least[0]} x {least[1]}"
+            )
+        return decoded
+
+    def _resize(
+        self,
+        source: np.ndarray,
+        origin: tuple[int, int],
+        factor: int,
+        box: list[float],
+        clip: list[int],
+        out: np.ndarray,
+        flips: int,
+    ) -> None:
+        """Fill ``out`` with ``box``, given in pixels of the image, of which ``source`` begins at ``origin``."""
+        height, width = out.shape[:2]
         shift = (*origin, *origin)
         box = [(b - o) / factor for b, o in zip(box, shift)]
         if (
@@ -85,44 +147,11 @@ class Engine:
         high = [min(-(-(c - o) // factor), m) for c, o, m in zip(clip[2:], shift, limits)]
         resize.resize(source, tuple(box), (*low, *high), out, flips)  # type: ignore[arg-type]
 
-    def _decode_window(
-        self, image: EncodedImage, box: list[float], clip: list[int], height: int, width: int
-    ) -> tuple[np.ndarray, tuple[int, int], int]:
-        """Pixels (h, w, 4) that hold at least the window, where they begin in the image, and by what they are reduced."""
-        scale_y, scale_x = (box[2] - box[0]) / height, (box[3] - box[1]) / width
-        factor = 1
-        while not self._exact and factor < 8 and min(scale_y, scale_x) >= 2 * factor:
-            factor *= 2
-        # The triangle filter looks one (scaled) pixel further than the box, where the clip allows.
-        margin = (_SMOOTH if self._exact else 0) + (factor if factor > 1 else 0)
-        reach_y, reach_x = max(scale_y, 1.0), max(scale_x, 1.0)
-        window = (
-            max(clip[0], math.floor(box[0] - reach_y)) - margin,
-            max(clip[1], math.floor(box[1] - reach_x)) - margin,
-            min(clip[2], math.ceil(box[2] + reach_y)) + margin,
-            min(clip[3], math.ceil(box[3] + reach_x)) + margin,
-        )
-        data = codecs.as_bytes(image.data)
-        scratch = self._scratch("jpeg", data.size)
-        found = np.empty(5, np.int64)
-        status = int(jpeg.cut(data, image.height, image.width, *window, scratch, found))
-        if status == jpeg.OK:
-            size, y, x, h, w = found.tolist()
-            data = scratch[:size]
-        elif status == jpeg.WHOLE:
-            y, x, h, w = 0, 0, image.height, image.width
-        else:
-            raise CorruptError(jpeg.REASONS[status])
-        if h * w > codecs.MAX_PIXELS:
-            raise CorruptError(f"it has {w} x {h} pixels, over the limit of {codecs.MAX_PIXELS:,}")
-        least = (-(-h // factor), -(-w // factor))
-        memory = self._scratch("pixels", least[0] * least[1] * 4)
-        decoded = codecs.decode_rgbx(data, least if factor > 1 else (0, 0), self._exact, memory)
-        if decoded.shape[:2] != least:
-            raise CorruptError(
-                f"its JPEG decodes to {decoded.shape[0]} x {decoded.shape[1]}, not {least[0]} x {least[1]}"
-            )
-        return decoded, (y, x), factor
+    def _recolour(self, table: Table, row: int, out: np.ndarray) -> None:
+        if table.colour is not None and table.coloured[row]:
+            pixels.recolour(out, table.colour[row])
+        if table.erase.shape[1]:
+            pixels.erase(out, table.erase[row], self._erase_fill)
 
     def _decode_whole(self, image: EncodedImage) -> np.ndarray:
         if image.mode == "raw":
@@ -140,9 +169,7 @@ class Engine:
                 setattr(self._local, name, memory)
         return memory
 
-    def _call(
-        self, spec: Any, image: np.ndarray, table: Table, row: int, shape: tuple[int, ...]
-    ) -> np.ndarray:
+    def _call(self, spec: Any, image: np.ndarray, table: Table, row: int, out: np.ndarray) -> None:
         assert table.keys is not None  # drawn whenever the plan has a PerImage
         functions = getattr(self._local, "functions", None)
         if functions is None:
@@ -150,15 +177,15 @@ class Engine:
         if id(spec) not in functions:
             functions[id(spec)] = adapt(spec.fn, spec.seeded)
         result = functions[id(spec)](image, table.keys[row])
-        if not isinstance(result, np.ndarray) or result.dtype != np.uint8 or result.shape != shape:
+        if not isinstance(result, np.ndarray) or result.dtype != np.uint8 or result.shape != out.shape:
             got = (
                 f"{result.dtype} {result.shape}" if isinstance(result, np.ndarray) else type(result).__name__
             )
             raise UsageError(
-                f"PerImage must return uint8 of shape {shape}, got {got}; leave conversion and normalising to "
+                f"PerImage must return uint8 of shape {out.shape}, got {got}; leave conversion and normalising to "
                 "transforms.Normalize"
             )
-        return result
+        out[:] = result
 
 
 def adapt(fn: Any, seeded: bool) -> Any:

@@ -1,0 +1,250 @@
+"""From stored JPEG bytes to a finished crop in one call without the GIL: decode what is needed, resize, mix colours.
+
+The fast path of the CPU engine. Luma and chroma are decoded at the reduction that suits each, and resized from their own
+planes; chroma is smooth, but not filtered as libjpeg's "fancy upsampling" does, so pixels differ a little from Pillow's (a mean
+of about half a level for photographs).
+
+>>> status = crop_to(data, height, width, box, clip, flips, out, new_work(), scratch, need)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastload.kernels import decode, jpeg, pixels, planes
+from fastload.kernels.decode import H, V
+from fastload.kernels.memory import address, kernel, load_u8
+from fastload.kernels.planes import LANES, MOST_TAPS
+
+OK, UNSUPPORTED, BAD_FRAME = decode.OK, decode.UNSUPPORTED, decode.BAD_FRAME
+MORE_SCRATCH = 32  # the scratch memory is too small; `need` says how much is needed
+BAD_BOX = 33
+REASONS = {
+    **decode.REASONS,
+    MORE_SCRATCH: "the scratch memory is too small",
+    BAD_BOX: "the crop lies outside of the picture",
+}
+_EDGE = 128  # bytes behind each piece of scratch memory, which vectors may touch
+
+
+@kernel
+def _reduction(scale):
+    """Logarithm of the reduction that leaves a scale of at least 1."""
+    reduction = np.int64(0)
+    while reduction < 3 and scale >= 2 << reduction:
+        reduction += 1
+    return reduction
+
+
+@kernel
+def crop_to(data, height, width, box, clip, flips, out, work, scratch, need):
+    """Fill ``out`` (h, w, 3) uint8, pixels contiguous, with the window ``box`` of the JPEG ``data`` (n,) uint8.
+
+    The picture must have ``height`` x ``width`` pixels. ``box`` (y0, x0, y1, x1) float64 and ``clip`` int64 are as
+    :func:`fastload.kernels.resize.resize` has them, ``flips`` too. ``work`` and ``scratch`` (n,) uint8 belong to the thread.
+    Returns OK; UNSUPPORTED if this must be decoded otherwise; MORE_SCRATCH with ``need[0]`` bytes; or what is wrong, see REASONS.
+    ``out`` is written for OK only.
+    """
+    rows, columns = out.shape[0], out.shape[1]
+    if rows < 1 or columns < 1:
+        return OK
+    if not (
+        0 <= clip[0] < clip[2] <= height
+        and 0 <= clip[1] < clip[3] <= width
+        and box[0] < box[2]
+        and box[1] < box[3]
+        and abs(box[0]) + abs(box[1]) + abs(box[2]) + abs(box[3]) < 1e9
+    ):
+        return BAD_BOX
+    status = decode.read_header(data, work.tables, work.header)
+    if status != OK:
+        return status
+    info, component = work.header.info, work.header.component
+    if info[jpeg.HEIGHT] != height or info[jpeg.WIDTH] != width:
+        return BAD_FRAME
+    count = info[jpeg.COMPONENTS]
+
+    # How each plane is resized (chroma planes are alike), and which of its samples that needs.
+    kinds = 1 if count == 1 else 2
+    reduction = np.zeros(2, np.int64)
+    taps, least, behind = np.zeros((2, 2), np.int64), np.zeros((2, 2), np.int64), np.zeros((2, 2), np.int64)
+    step = np.zeros((2, 2), np.int64)  # pixels of the picture to a sample
+    room = np.int64(0)
+    for kind in range(kinds):
+        step[kind, 0] = info[jpeg.MCU_H] // (8 * component[kind, V])
+        step[kind, 1] = info[jpeg.MCU_W] // (8 * component[kind, H])
+        scale_y, scale_x = (
+            (box[2] - box[0]) / (rows * step[kind, 0]),
+            (box[3] - box[1]) / (columns * step[kind, 1]),
+        )
+        reduction[kind] = _reduction(min(scale_y, scale_x))
+        step[kind, 0] <<= reduction[kind]
+        step[kind, 1] <<= reduction[kind]
+        room = max(room, np.int64(2 * max(scale_y, scale_x, 1.0) / (1 << reduction[kind])) + 3)
+    if room > MOST_TAPS:
+        return UNSUPPORTED
+    first_y, first_x = np.empty((2, rows), np.int64), np.empty((2, columns), np.int64)
+    weights_y, weights_x = np.empty((2, room, rows), np.uint16), np.empty((2, room, columns), np.uint16)
+    row0, row1, col0, col1 = np.int64(1 << 40), np.int64(0), np.int64(1 << 40), np.int64(0)
+    for kind in range(kinds):
+        for axis in range(2):
+            size = columns if axis else rows
+            first = first_x[kind] if axis else first_y[kind]
+            unit = step[kind, axis]
+            taps[kind, axis] = planes.triangle(
+                box[axis] / unit,
+                box[2 + axis] / unit,
+                clip[axis] // unit,
+                (clip[2 + axis] + unit - 1) // unit,
+                size,
+                (flips & 1 if axis else flips >> 1 & 1) != 0,
+                first,
+                weights_x[kind] if axis else weights_y[kind],
+            )
+            # `first` rises, or falls if the axis is flipped.
+            least[kind, axis] = min(first[0], first[size - 1])
+            behind[kind, axis] = max(first[0], first[size - 1]) + taps[kind, axis]
+            mcu = (info[jpeg.MCU_W] if axis else info[jpeg.MCU_H]) // unit
+            if axis:
+                col0, col1 = min(col0, least[kind, 1] // mcu), max(col1, (behind[kind, 1] + mcu - 1) // mcu)
+            else:
+                row0, row1 = min(row0, least[kind, 0] // mcu), max(row1, (behind[kind, 0] + mcu - 1) // mcu)
+
+    # Scratch memory: the bytes without stuffing, then per plane its samples and the result of the first pass.
+    interval = info[jpeg.INTERVAL] if info[jpeg.INTERVAL] > 0 else info[jpeg.MCUS_X] * info[jpeg.MCUS_Y]
+    table = np.zeros((3, 3), np.int64)
+    wide = (columns + LANES - 1) // LANES * LANES
+    stride, middle = np.zeros(2, np.int64), np.zeros(3, np.int64)
+    start = (address(scratch) + 63) // 64 * 64
+    at = start
+    bytes_room = (data.size - info[jpeg.SCAN_AT] + 2 * _EDGE + decode.PAD) // 64 * 64
+    at += bytes_room
+    strip = at
+    for kind in range(kinds):
+        deep = (behind[kind, 0] - least[kind, 0] + LANES - 1) // LANES * LANES
+        at = max(at, strip + 32 * deep + _EDGE)
+    lines = at
+    at += 3 * 2 * wide + _EDGE
+    for c in range(count):
+        kind = min(c, 1)
+        size_y, size_x = info[jpeg.MCU_H] // step[kind, 0], info[jpeg.MCU_W] // step[kind, 1]
+        # An odd number of cache lines, so that neighbouring columns do not share their place in the cache.
+        stride[kind] = ((row1 - row0) * size_y + 63) // 64 * 64 | 64
+        table[c, 0], table[c, 1], table[c, 2] = at, stride[kind], reduction[kind]
+        at += (col1 - col0) * size_x * stride[kind] + _EDGE
+        middle[c] = at
+        at += (
+            (behind[kind, 0] - least[kind, 0] + LANES) // LANES * LANES * 2 * wide + 2 * LANES * wide + _EDGE
+        )
+    if at - start + 64 > scratch.size:
+        need[0] = at - start + 64
+        return MORE_SCRATCH
+
+    mcus = (row1 - row0) * info[jpeg.MCUS_X]
+    if jpeg.can_crop(info):
+        mcus = (row1 - row0) * min(col1 - col0 + 2 * interval, info[jpeg.MCUS_X])
+    if mcus // interval > data.size:  # so that the header alone cannot ask for much memory
+        return decode.OVERRUN
+    segments = np.empty((mcus // interval + 2, 3), np.int64)
+    status, found, _ = decode.find_segments(data, info, row0, col0, row1, col1, start, bytes_room, segments)
+    if status != OK:
+        return status
+    status = decode.decode_segments(work, segments, found, row0, col0, row1, col1, table)
+    if status != OK:
+        return status
+
+    for c in range(count):
+        kind = min(c, 1)
+        origin_y = row0 * (info[jpeg.MCU_H] // step[kind, 0])
+        origin_x = col0 * (info[jpeg.MCU_W] // step[kind, 1])
+        planes.along_rows(
+            table[c, 0] + least[kind, 0] - origin_y,
+            stride[kind],
+            behind[kind, 0] - least[kind, 0],
+            first_x[kind],
+            weights_x[kind],
+            taps[kind, 1],
+            origin_x,
+            strip,
+            middle[c],
+            2 * wide,
+        )
+    groups, whole = wide // LANES, columns // 16
+    pixels_left = columns - 16 * whole
+    weights_at = address(weights_y)
+    blue, red = lines + 2 * wide, lines + 4 * wide
+    for y in range(rows):
+        for c in range(count):
+            kind = min(c, 1)
+            planes.blend_words(
+                middle[c] + (first_y[kind, y] - least[kind, 0]) * 2 * wide,
+                2 * wide,
+                taps[kind, 0],
+                weights_at + 2 * (kind * room * rows + y),
+                2 * rows,
+                groups,
+                lines + 2 * wide * c,
+            )
+        to = address(out[y])
+        if count == 1:
+            planes.colour_grey(lines, blue, red, whole, to)
+        else:
+            planes.colour_ycc(lines, blue, red, whole, to)
+        if pixels_left:
+            skip = 32 * whole
+            if count == 1:
+                planes.colour_grey(lines + skip, blue, red, 1, strip)
+            else:
+                planes.colour_ycc(lines + skip, blue + skip, red + skip, 1, strip)
+            for i in range(pixels_left):
+                for channel in range(3):
+                    out[y, 16 * whole + i, channel] = np.uint8(load_u8(strip + 3 * i + channel))
+    # numba frees an array after its last mention, and an address is none.
+    return OK if weights_y.size + weights_x.size > 0 else OK
+
+
+@kernel
+def fill(
+    file, starts, sizes, shapes, place, box, clip, flips, colour, out, begin, end, work, scratch, need, status
+):
+    """:func:`crop_to` for the rows [begin, end) of a batch ``out`` (B, H, W, 3) uint8, from a mapped file (n,) uint8.
+
+    By row: ``starts`` and ``sizes`` (B,) int64 the JPEG's bytes in the file, ``shapes`` (B, 2) int64 its height and width,
+    ``place`` (B, 4) int64 the rectangle (y, x, height, width) of the output that the crop fills, with ``colour`` (3,) uint8
+    around it, ``box`` (B, 4) float64, ``clip`` (B, 4) int64, ``flips`` (B,) int64. ``status`` (B,) int64 is written; a row whose
+    status is not OK must be done again otherwise. ``need[0]`` is the most scratch memory that one of them asked for.
+    """
+    need[0] = 0
+    one = np.zeros(1, np.int64)
+    for i in range(begin, end):
+        y, x, height, width = place[i, 0], place[i, 1], place[i, 2], place[i, 3]
+        if (
+            y < 0
+            or x < 0
+            or height < 0
+            or width < 0
+            or y + height > out.shape[1]
+            or x + width > out.shape[2]
+            or starts[i] < 0
+            or sizes[i] < 0
+            or starts[i] > file.size
+            or sizes[i] > file.size - starts[i]
+        ):
+            status[i] = BAD_BOX
+            continue
+        if height < out.shape[1] or width < out.shape[2]:
+            pixels.fill_outside(out[i], y, x, height, width, colour)
+        status[i] = crop_to(
+            file[starts[i] : starts[i] + sizes[i]],
+            shapes[i, 0],
+            shapes[i, 1],
+            box[i],
+            clip[i],
+            flips[i],
+            out[i, y : y + height, x : x + width],
+            work,
+            scratch,
+            one,
+        )
+        if status[i] == MORE_SCRATCH:
+            need[0] = max(need[0], one[0])

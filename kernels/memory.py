@@ -1,0 +1,126 @@
+"""Loads and stores at plain addresses, for kernels that read a bit stream faster than array indexing can.
+
+Nothing here checks anything: the callers in :mod:`fastload.kernels.huffman`, :mod:`fastload.kernels.planes` and
+:mod:`fastload.kernels.decode` answer for their bounds. Numbers are little-endian unless the name says otherwise.
+
+>>> bits = load_be64(address)  # inside of a kernel
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fastload.kernels.jit import kernel
+
+_I64 = ir.IntType(64)
+
+
+def _loader(width: int, result: Any, swap: bool = False) -> Any:
+    @intrinsic
+    def load(typing, address):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = builder.inttoptr(args[0], ir.IntType(width).as_pointer())
+            value = builder.load(pointer, align=1)
+            if swap:
+                value = builder.bswap(value)
+            return value if width == 64 else builder.zext(value, _I64)
+
+        return result(types.intp), generate
+
+    return load
+
+
+load_u8 = _loader(8, types.int64)
+load_u16 = _loader(16, types.int64)
+load_u32 = _loader(32, types.int64)
+load_i64 = _loader(64, types.int64)
+load_be64 = _loader(64, types.uint64, swap=True)
+
+
+def _storer(width: int) -> Any:
+    @intrinsic
+    def store(typing, address, value):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            value = args[1] if width == 64 else builder.trunc(args[1], ir.IntType(width))
+            builder.store(value, builder.inttoptr(args[0], ir.IntType(width).as_pointer()), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.int64), generate
+
+    return store
+
+
+store_u8, store_u16, store_u32 = _storer(8), _storer(16), _storer(32)
+
+
+@intrinsic
+def zero_block(typing, address):  # type: ignore[no-untyped-def]
+    """Set the 128 bytes of a block of 64 coefficients to 0."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(16), 32)
+        for part in (0, 64):
+            place = builder.inttoptr(builder.add(args[0], ir.Constant(_I64, part)), vector.as_pointer())
+            builder.store(ir.Constant(vector, None), place, align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@intrinsic
+def copy32(typing, source, to):  # type: ignore[no-untyped-def]
+    """Copy 32 bytes and return a mask of those that are 0xFF, the first byte in the lowest bit."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(8), 32)
+        data = builder.load(builder.inttoptr(args[0], vector.as_pointer()), align=1)
+        builder.store(data, builder.inttoptr(args[1], vector.as_pointer()), align=1)
+        mask = builder.icmp_unsigned("==", data, ir.Constant(vector, [255] * 32))
+        return builder.zext(builder.bitcast(mask, ir.IntType(32)), _I64)
+
+    return types.int64(types.intp, types.intp), generate
+
+
+@intrinsic
+def lowest_bit(typing, mask):  # type: ignore[no-untyped-def]
+    """The place of the lowest set bit; ``mask`` is not 0."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
+def inlined(function: Any) -> Any:
+    """A part of a kernel that must not cost a call: its state stays in registers."""
+    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
+
+
+@inlined
+def address(array):
+    """Where an array begins, signed: numba's own address is unsigned, and its sum with a signed number a float."""
+    return np.int64(array.ctypes.data)
+
+
+__all__ = [
+    "address",
+    "copy32",
+    "inlined",
+    "kernel",
+    "load_be64",
+    "load_i64",
+    "load_u8",
+    "load_u16",
+    "load_u32",
+    "lowest_bit",
+    "store_u8",
+    "store_u16",
+    "store_u32",
+    "zero_block",
+]
