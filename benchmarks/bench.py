@@ -39,7 +39,6 @@ SHORT_EPOCH = 20
 PROFILED = 256  # images whose stages are timed
 # Of the budget: until when loader, model and both are measured, if changes are to be run as well.
 BASE = 0.4
-LIMITS = 0.08  # of the budget, for the ceilings of the machine
 CACHED = 0.95  # of the file in the page cache: with less, the disk is part of the figures
 
 
@@ -141,12 +140,10 @@ class _Bench:
             setting = self.s.setting()
             base = stack.enter_context(self.s.pair(setting, self.s.side))
             base.warm_up(self.o.seconds / 60 if self.o.seconds < 30 else 0.5, size=self.o.size)
-            share = BASE if self.o.changes else 1.0 - LIMITS
+            share = BASE if self.o.changes else 1.0
             stages = _stages(base.loader, self.o.seconds)
-            tick("limits")
-            limits = _limits(self.s, base, LIMITS * self.o.seconds)
             series, peak = self._measure(base, stack, started + share * self.o.seconds, tick)
-            record = self._record(setting, base, series, stages, limits, peak)
+            record = self._record(setting, base, series, stages, peak)
             changes: list[Measured] = []
             left: list[NotRun] = []
             if self.o.changes:
@@ -214,7 +211,6 @@ class _Bench:
         base: Pair,
         series: Mapping[str, Series],
         stages: list[dict[str, Any]],
-        limits: dict[str, Any],
         peak: PeakMemory,
     ) -> dict[str, Any]:
         s, dataset, model = self.s, self.s.dataset, series.get("model alone")
@@ -237,7 +233,6 @@ class _Bench:
                 "cpu_s_per_1000_images": round(cpu, 3),
                 "gpu_peak_mib": round(peak.gpu_peak_mib, 1) if peak.gpu_peak_mib is not None else None,
             },
-            "limits": limits,
             "timeline": [
                 {"t": round(t, 6), "wait_s": round(wait, 6), "step_s": round(step, 6)}
                 for t, wait, step in self.rounds[-1].timeline
@@ -378,7 +373,3 @@ def _stages(loader: Any, seconds: float) -> list[dict[str, Any]]:
         }
         for stage in found
     ]
-
-
-def _limits(subject: Subject, base: Pair, seconds: float) -> dict[str, Any]:
-    return {}

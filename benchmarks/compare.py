@@ -65,7 +65,9 @@ def run(
         install=install,
     )
     if out is not None:
-        write_jsonl(out, [])  # a file that cannot be written is said now, and not after the first workload
+        write_jsonl(
+            os.fspath(out), []
+        )  # a file that cannot be written is said now, and not after the first workload
     records = []
     with tqdm(desc="compare", unit="job", disable=not progress, leave=False) as bar:
 
@@ -76,7 +78,7 @@ def run(
         for record in compare(options, say):
             records.append(record)
             if out is not None:
-                write_jsonl(out, [record])
+                write_jsonl(os.fspath(out), [record])
             if done is not None:
                 bar.clear()
                 done(record)

@@ -112,11 +112,11 @@ def expected(
 
 def _crop(image: Any, work: Work, plain: bool, rng: np.random.Generator) -> np.ndarray:
     """One crop of a Pillow image, (size, size, 3) uint8."""
+    width, height = image.size
     if work.crop == "pad":
-        width, height = image.size
         x, y = (int(rng.integers(-4, side + 5 - work.size)) for side in (width, height))
         return np.asarray(image.crop((x, y, x + work.size, y + work.size)))  # what lies outside is zero
-    box = _train_box(*image.size, rng) if work.crop == "train" else _eval_box(*image.size, work)
+    box = _train_box(width, height, rng) if work.crop == "train" else _eval_box(width, height, work)
     return np.asarray(_resize(image, work.size, box, plain))
 
 

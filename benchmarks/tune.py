@@ -185,6 +185,7 @@ class _Tuner:
                 start, axes, self._choices, turn, lambda: time.perf_counter() + self.share > until
             )
             record = self._record(start, best, figures)
+            self._say_what_was_not_reached(start, axes, figures)
             if best != start:
                 record |= self._prove(start, best, max(started + self.o.seconds, until), bar)
         return self._finish(record, start, best, time.perf_counter() - started)
@@ -266,6 +267,20 @@ class _Tuner:
             "default_figure": None,
             "ratio": None,
         }
+
+    def _say_what_was_not_reached(
+        self, start: Point, axes: Sequence[str], figures: Mapping[Point, Sequence[float]]
+    ) -> None:
+        """The defaults can only be best among what was tried."""
+        missed = [
+            axis.replace("_", " ")
+            for axis in axes
+            if all(getattr(point, axis) == getattr(start, axis) for point in figures)
+        ]
+        if missed and figures:
+            self.notes.append(
+                f"the time was up before another {' or '.join(missed)} was tried; --seconds {3 * self.o.seconds:g} reaches it"
+            )
 
     @staticmethod
     def _point(point: Point, figures: Mapping[Point, Sequence[float]]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 
 from fastload.kernels import decode, jpeg, pixels, planes
 from fastload.kernels.decode import H, V
-from fastload.kernels.memory import address, kernel, load_u8
+from fastload.kernels.jit import kernel
+from fastload.kernels.memory import address, load_u8, part
 from fastload.kernels.planes import LANES, MOST_TAPS
 
 OK, UNSUPPORTED, BAD_FRAME = decode.OK, decode.UNSUPPORTED, decode.BAD_FRAME
@@ -27,7 +28,7 @@ REASONS = {
 _EDGE = 128  # bytes behind each piece of scratch memory, which vectors may touch
 
 
-@kernel
+@part
 def _reduction(scale):
     """Logarithm of the reduction that leaves a scale of at least 1."""
     reduction = np.int64(0)
@@ -36,7 +37,7 @@ def _reduction(scale):
     return reduction
 
 
-@kernel
+@part
 def crop_to(data, height, width, box, clip, flips, out, work, scratch, need):
     """Fill ``out`` (h, w, 3) uint8, pixels contiguous, with the window ``box`` of the JPEG ``data`` (n,) uint8.
 
@@ -200,7 +201,7 @@ def crop_to(data, height, width, box, clip, flips, out, work, scratch, need):
                 for channel in range(3):
                     out[y, 16 * whole + i, channel] = np.uint8(load_u8(strip + 3 * i + channel))
     # numba frees an array after its last mention, and an address is none.
-    return OK if weights_y.size + weights_x.size > 0 else OK
+    return OK if weights_y.size + weights_x.size > 0 else BAD_BOX
 
 
 @kernel

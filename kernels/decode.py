@@ -16,7 +16,7 @@ import numpy as np
 
 from fastload.kernels import huffman, idct, jpeg, restart
 from fastload.kernels.huffman import PAD, Tables, decode_block, find_slot, new_tables, unstuff
-from fastload.kernels.memory import address, kernel, store_u8, store_u16, zero_block
+from fastload.kernels.memory import address, part, store_u8, store_u16, zero_block
 
 OK, NOT_JPEG, TRUNCATED, BAD_FRAME = jpeg.OK, jpeg.NOT_JPEG, jpeg.TRUNCATED, jpeg.BAD_FRAME
 BAD_INDEX, BAD_MARKER = jpeg.BAD_INDEX, jpeg.BAD_MARKER
@@ -71,12 +71,11 @@ def new_work() -> Work:
     )
 
 
-@kernel
+@part
 def _read_tables(data, tables, header):
     present = header.present
     for i in range(12):
         present[i] = -1
-    taken_dc, taken_ac = np.int64(0), np.int64(0)
     at = np.int64(2)
     stop = header.info[jpeg.SCAN_HEADER_AT]
     while at < stop:  # the segments' lengths were checked by parse_into
@@ -126,7 +125,7 @@ def _read_tables(data, tables, header):
     return OK
 
 
-@kernel
+@part
 def read_header(data, tables, header):
     """Fill ``header`` from ``data`` (n,) uint8. OK, UNSUPPORTED, or what is wrong."""
     info, component, present = header.info, header.component, header.present
@@ -181,7 +180,7 @@ def read_header(data, tables, header):
     return OK
 
 
-@kernel
+@part
 def find_segments(data, info, row0, col0, row1, col1, memory, room, segments):
     """Copy the restart segments that the MCUs [row0, row1) x [col0, col1) need to address ``memory``, without stuffing.
 
@@ -247,25 +246,29 @@ def find_segments(data, info, row0, col0, row1, col1, memory, room, segments):
     return np.int64(OK), found, used
 
 
-@kernel
+@part
 def _transform_jobs(jobs, counts):
     """Inverse DCT of the jobs that were collected, two at a time."""
     for kind in range(4):
         count = counts[kind]
-        for i in range(0, count, 2):
-            a, b = jobs[kind, i], jobs[kind, min(i + 1, count - 1)]
+        for a in range(0, count, 2):
+            b = min(a + 1, count - 1)
+            block_a, block_b = jobs[kind, a, 0], jobs[kind, b, 0]
+            quant_a, quant_b = jobs[kind, a, 1], jobs[kind, b, 1]
+            out_a, out_b = jobs[kind, a, 2], jobs[kind, b, 2]
+            step_a, step_b = jobs[kind, a, 3], jobs[kind, b, 3]
             if kind == 0:
-                idct.full(a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3])
+                idct.full(block_a, block_b, quant_a, quant_b, out_a, out_b, step_a, step_b)
             elif kind == 1:
-                idct.sparse(a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3])
+                idct.sparse(block_a, block_b, quant_a, quant_b, out_a, out_b, step_a, step_b)
             elif kind == 2:
-                idct.half(a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3])
+                idct.half(block_a, block_b, quant_a, quant_b, out_a, out_b, step_a, step_b)
             else:
-                idct.quarter(a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3])
+                idct.quarter(block_a, block_b, quant_a, quant_b, out_a, out_b, step_a, step_b)
         counts[kind] = 0
 
 
-@kernel
+@part
 def decode_segments(work, segments, found, row0, col0, row1, col1, planes):
     """Decode the MCUs [row0, row1) x [col0, col1) into planes whose samples lie transposed: column after column.
 

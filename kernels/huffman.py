@@ -19,13 +19,13 @@ import numpy as np
 from fastload.kernels.memory import (
     copy32,
     inlined,
-    kernel,
     load_be64,
     load_i64,
     load_u8,
     load_u16,
     load_u32,
     lowest_bit,
+    part,
     store_u8,
     store_u16,
 )
@@ -77,7 +77,7 @@ def _extend(code, size):
     return code if size == 0 or code >> (size - 1) else code - (1 << size) + 1
 
 
-@kernel
+@part
 def _entry(single, i):
     """What the AC_BITS bits ``i`` decode to, as an entry.
 
@@ -114,7 +114,7 @@ def _entry(single, i):
     return used | (run << 4) | (step << 8) | ((second & 255) << 16) | ((first & 255) << 24)
 
 
-@kernel
+@part
 def _build(tables, kind, slot):
     """Fill a slot from its key; False if it is no prefix code."""
     key = tables.keys[kind, slot]
@@ -147,7 +147,7 @@ def _build(tables, kind, slot):
     return True
 
 
-@kernel
+@part
 def find_slot(tables, kind, data, at, size, taken):
     """The slot of the table defined at ``data[at : at + 16 + size]``, built if it is new; -1: it is no prefix code.
 
@@ -175,7 +175,7 @@ def find_slot(tables, kind, data, at, size, taken):
     return slot
 
 
-@kernel
+@part
 def long_code(long, symbols, bits, shortest):
     """Length << 8 | symbol of the code of at least ``shortest`` bits at the top of ``bits``, 0 if there is none."""
     code = np.int64(bits >> np.uint64(48))
@@ -274,7 +274,7 @@ def decode_block(at, bits, have, dc, dc_long, dc_symbols, ac, ac_long, ac_symbol
 NO_MARKER = -1
 
 
-@kernel
+@part
 def unstuff(source, end, to, room):
     """Copy entropy-coded bytes from address ``source`` to ``to`` up to a marker or ``end``, without their stuffing.
 

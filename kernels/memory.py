@@ -16,8 +16,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastload.kernels.jit import kernel
-
 _I64 = ir.IntType(64)
 
 
@@ -102,6 +100,11 @@ def inlined(function: Any) -> Any:
     return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
 
 
+def part(function: Any) -> Any:
+    """A part of a kernel, only called by kernels: it is compiled into theirs, and not cached by itself."""
+    return numba.njit(nogil=True, error_model="numpy")(function)
+
+
 @inlined
 def address(array):
     """Where an array begins, signed: numba's own address is unsigned, and its sum with a signed number a float."""
@@ -112,13 +115,13 @@ __all__ = [
     "address",
     "copy32",
     "inlined",
-    "kernel",
     "load_be64",
     "load_i64",
     "load_u8",
     "load_u16",
     "load_u32",
     "lowest_bit",
+    "part",
     "store_u8",
     "store_u16",
     "store_u32",

@@ -19,11 +19,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastload.kernels.memory import address, kernel
+from fastload.kernels.memory import address, part
 
-MOST_TAPS = (
-    64  # more would add up too much rounding; a plane is reduced while it is decoded before it needs them
-)
+# More would add up too much rounding; a plane is reduced while it is decoded before it needs them.
+MOST_TAPS = 64
 ONE = 65535  # the sum of an output's weights, nearly
 
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -185,7 +184,7 @@ def _colour(components: int) -> Any:
 colour_ycc, colour_grey = _colour(3), _colour(1)
 
 
-@kernel
+@part
 def triangle(start, stop, low, high, size, flip, first, weights):
     """Taps of one axis: output ``i`` of ``size`` is the sum over k of ``weights[k, i] * source[first[i] + k]`` / 65536.
 
@@ -226,7 +225,7 @@ def triangle(start, stop, low, high, size, flip, first, weights):
     return used
 
 
-@kernel
+@part
 def along_rows(plane, stride, count, first, weights, taps, origin, strip, out, out_stride):
     """First pass: ``out`` (rows, first.size) 16-bit numbers from a transposed plane.
 

@@ -106,6 +106,14 @@ def test_what_beats_the_defaults_is_proved_in_alternating_rounds(
     assert record["sentence"] == sentence(record)
     assert "threads=4, prefetch=2" in record["paste"]
     assert any("another training" in note for note in record["notes"])
+    assert not any("the time was up" in note for note in record["notes"])
+    monkeypatch.setattr(room, "search", lambda start, *rest: (start, {start: [1.0], Point(4, 2, 4): [1.0]}))
+    short = run(small)
+    assert (
+        "the time was up before another batch size or prefetch was tried; --seconds 12 reaches it"
+        in short["notes"]
+    )
+    monkeypatch.setattr(room, "search", search)
     kept = run(small, keep_batch_size=True)
     assert {entry["batch_size"] for entry in kept["tried"]} == {4}
     assert not any("another training" in note for note in kept["notes"])

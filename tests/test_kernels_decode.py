@@ -11,8 +11,27 @@ from PIL import Image
 
 from fastload import codecs
 from fastload.kernels import decode, huffman, jpeg, oracle
+from fastload.kernels.jit import kernel
 
 WORK = decode.new_work()
+
+
+# The decoder's parts are only compiled into kernels: these make them callable.
+@kernel
+def read_header(data, work):
+    return decode.read_header(data, work.tables, work.header)
+
+
+@kernel
+def find_segments(data, work, window, memory, room, segments):
+    row0, col0, row1, col1 = window
+    return decode.find_segments(data, work.header.info, row0, col0, row1, col1, memory, room, segments)
+
+
+@kernel
+def decode_segments(work, segments, found, window, table):
+    row0, col0, row1, col1 = window
+    return decode.decode_segments(work, segments, found, row0, col0, row1, col1, table)
 
 
 def picture(height, width, seed=0, noise=15.0):
@@ -32,7 +51,7 @@ def planes(data, reductions=(0, 0, 0), window=None, work=None):
     """(status, planes, window) by the kernels, with guards around each plane and the copied bytes."""
     work = work or WORK
     array = np.frombuffer(data, np.uint8)
-    status = int(decode.read_header(array, work.tables, work.header))
+    status = int(read_header(array, work))
     if status != decode.OK:
         return status, None, None
     info, component = work.header.info, work.header.component
@@ -41,9 +60,8 @@ def planes(data, reductions=(0, 0, 0), window=None, work=None):
     interval = int(info[jpeg.INTERVAL]) or int(info[jpeg.MCUS_X] * info[jpeg.MCUS_Y])
     segments = np.zeros((int(info[jpeg.MCUS_X] * info[jpeg.MCUS_Y]) // interval + 2, 3), np.int64)
     room = memory.size - 256
-    status, found, _ = decode.find_segments(
-        array, info, row0, col0, row1, col1, memory.ctypes.data, room, segments
-    )
+    window = (row0, col0, row1, col1)
+    status, found, _ = find_segments(array, work, window, memory.ctypes.data, room, segments)
     assert (memory[room:] == 0x55).all()
     if status != decode.OK:
         return status, None, None
@@ -57,7 +75,7 @@ def planes(data, reductions=(0, 0, 0), window=None, work=None):
         plane = np.full((across + 2, down + 16), 0xAA, np.uint8)
         table[c] = plane[1, 8:].ctypes.data, plane.strides[0], reductions[c]
         results.append(plane)
-    status = int(decode.decode_segments(work, segments, found, row0, col0, row1, col1, table))
+    status = int(decode_segments(work, segments, found, window, table))
     for plane in results:
         edge = plane.copy()
         edge[1:-1, 8:-8] = 0xAA

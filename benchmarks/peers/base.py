@@ -98,7 +98,7 @@ class Peer(ABC):
     def imports(self) -> None:
         """Import the library: apart, so that a start can be timed with it and without."""
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, work: Work) -> None:  # noqa: B027 (most peers have no format of their own)
         """Write the library's own format into ``work.scratch`` where it has one; not timed. Called again, it does nothing."""
 
     @abstractmethod

@@ -17,7 +17,6 @@ from fastload.benchmarks.compare_options import compare_flags
 from fastload.errors import UsageError
 
 SUBCOMMANDS = {
-    "model": "Which of channels_last, AMP, compile and CUDA graphs pays for which model.",
     "report": "Result files as Markdown and as one HTML page.",
 }
 
@@ -39,7 +38,7 @@ class BenchCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
-        with formatter.section("Commands (a DATA of the same name is reached as ./model)"):
+        with formatter.section("Commands (a DATA of the same name is reached as ./report)"):
             formatter.write_dl(list(SUBCOMMANDS.items()))
 
 
