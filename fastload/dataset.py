@@ -133,6 +133,11 @@ class Dataset(Sequence[dict[str, Any]]):
     def _closed(reader: beton.Reader) -> UsageError:
         return UsageError(f"{reader.path} is closed; open it again, or read it before its `with` block ends")
 
+    def _check_open(self) -> None:
+        for reader, size in zip(self._readers, np.diff(self._starts)):
+            if len(reader) != size:
+                raise self._closed(reader)
+
     def encoded(self, index: int) -> EncodedImage:
         """The encoded image of a sample, its bytes a view into the file."""
         reader, at = self.locate(index)
@@ -195,9 +200,7 @@ class Dataset(Sequence[dict[str, Any]]):
     def gather(self, name: str, bases: np.ndarray) -> np.ndarray:
         """Values of an int, float or ndarray field at base indices (B,); for an image field, its rows."""
         field = self.fields[name]
-        for reader, size in zip(self._readers, np.diff(self._starts)):
-            if len(reader) != size:
-                raise self._closed(reader)
+        self._check_open()
         if field.kind in ("bytes", "json", "ndarray"):
             values = [reader.value(at, name) for reader, at in map(self.locate_base, bases.tolist())]
             return np.stack(values) if field.kind == "ndarray" else np.array([*values, None], object)[:-1]
@@ -205,6 +208,27 @@ class Dataset(Sequence[dict[str, Any]]):
             return np.asarray(self._readers[0].column(name)[bases])
         parts = [reader.column(name)[at] for reader, at in map(self.locate_base, bases.tolist())]
         return np.array(parts, self._readers[0].column(name).dtype)
+
+    def spans(self, bases: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, beton.Spans]]:
+        """Where the encoded images of ``bases`` (B,) lie: for each file that has some of them its bytes (n,) uint8, their places
+        (k,) int64 in ``bases``, and Spans of B entries, which hold at these places.
+        """
+        self._check_open()
+        bases, name = np.asarray(bases, np.int64), self.image_field
+        if len(self._readers) == 1:
+            reader = self._readers[0]
+            return [(reader.data, np.arange(len(bases)), reader.spans(bases, name))]
+        files = np.searchsorted(self._starts, bases, side="right") - 1
+        found = []
+        for file in np.unique(files).tolist():
+            places = np.flatnonzero(files == file)
+            reader = self._readers[file]
+            parts = reader.spans(bases[places] - self._starts[file], name)
+            whole = [np.zeros((len(bases), *part.shape[1:]), part.dtype) for part in parts]
+            for array, part in zip(whole, parts):
+                array[places] = part
+            found.append((reader.data, places, beton.Spans(*whole)))
+        return found
 
     def _gather(self, parts: list[np.ndarray]) -> np.ndarray:
         for reader, part, size in zip(self._readers, parts, np.diff(self._starts)):

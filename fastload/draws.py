@@ -108,6 +108,14 @@ class Plan:
         fills = [default if s.value is None else np.array(s.value, np.uint8) for _, s in self._erasers]
         return np.array(fills, np.uint8).reshape(-1, 3)
 
+    @property
+    def affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """scale and shift (3,) float32 that turn bytes into normalised pixels, or into 0..1 without a Normalize."""
+        if self.normalize is None:
+            return np.full(3, 1 / 255, np.float32), np.zeros(3, np.float32)
+        mean, std = np.asarray(self.normalize.mean), np.asarray(self.normalize.std)
+        return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+
     def _check(self) -> None:
         kinds = [type(s) for s in self.geometry]
         allowed: list[list[type]] = [

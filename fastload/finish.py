@@ -17,7 +17,7 @@ from fastload.batch import Buffers, batch_class
 from fastload.dataset import Dataset
 from fastload.draws import Plan
 from fastload.errors import DataError
-from fastload.jobs import Job, affine
+from fastload.jobs import Job
 from fastload.kernels import pixels
 
 
@@ -38,7 +38,7 @@ class Finisher:
         self._dtype, self._device, self._buffers, self._classes = dtype, device, buffers, classes
         self._batch_class = batch_class(fields)
         self._late = device is not None and device.type == "cuda" and not plan.mixers
-        self._affine = affine(plan)
+        self._affine = plan.affine
 
     @property
     def wants_floats(self) -> bool:

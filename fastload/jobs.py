@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fastload.beton import Spans
 from fastload.dataset import Dataset
 from fastload.draws import Plan, Table
 from fastload.engines.cpu import Engine
 from fastload.errors import CorruptError, FastloadError
-from fastload.kernels import pixels, rng
+from fastload.kernels import rng
 
 _STREAM_REPLACE = 0xFC00
 _ATTEMPTS = 10
@@ -36,12 +37,14 @@ class Replaced:
 class Job:
     """A batch in the making: ``bases`` (B,) int64, its table, ``images`` (B, H, W, 3) uint8 and, if normalised, ``floats``.
 
-    ``stop`` is the position in the epoch behind its last sample.
+    ``spans`` (see :meth:`fastload.dataset.Dataset.spans`) is where their bytes lie; ``stop`` is the position in the epoch behind
+    its last sample.
     """
 
     epoch: int
     stop: int
     bases: np.ndarray
+    spans: list[tuple[np.ndarray, np.ndarray, Spans]]
     table: Table
     images: np.ndarray
     floats: np.ndarray | None
@@ -58,17 +61,20 @@ class Filler:
     def __init__(self, dataset: Dataset, plan: Plan, seed: int, engine: Engine, replace: bool) -> None:
         self._dataset, self._plan, self._seed, self._replace = dataset, plan, seed, replace
         self._engine = engine
-        self._affine = affine(plan)
         self.errors: list[Replaced] = []
 
     def fill(self, job: Job, start: int, stop: int) -> None:
-        """Fill rows [start, stop) of a job."""
-        for row in range(start, stop):
+        """Fill rows [start, stop) of a job: together what the engine does together, the rest one by one."""
+        if job.cancelled:
+            return
+        made = self._engine.fill(job.spans, job.table, start, stop, job.images, job.floats)
+        rows = range(start, stop) if self._plan.per_image else start + np.flatnonzero(~made)
+        for row in map(int, rows):
             if job.cancelled:
                 return
             base = int(job.bases[row])
             try:
-                self._engine.execute(base, job.table, row, job.images[row])
+                self._engine.execute(base, job.table, row, job.images[row], bool(made[row - start]))
             except CorruptError as error:
                 reader, at = self._dataset.locate_base(base)
                 error.at(base, reader.name(at), reader.name(at, "source"))
@@ -83,8 +89,8 @@ class Filler:
                     reader, at = self._dataset.locate_base(base)
                     error.add_note(f"while loading sample {base}, id {reader.name(at)!r}")
                 raise
-        if job.floats is not None:
-            pixels.normalise(job.images[start:stop], *self._affine, job.floats[start:stop])
+            if job.floats is not None:
+                self._engine.normalise(job.images[row], job.floats[row])
 
     def _substitute(self, job: Job, row: int, error: CorruptError) -> None:
         """Put another sample in the place of a corrupt one: which one depends on the seed and the sample only."""
@@ -111,12 +117,3 @@ class Filler:
             self.errors.append(Replaced(base, error.id or "", error.source or "", error.reason, other))
             return
         raise error
-
-
-def affine(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """scale and shift (3,) float32 that turn bytes into normalised pixels, or into 0..1 without a Normalize."""
-    spec = plan.normalize
-    if spec is None:
-        return np.full(3, 1 / 255, np.float32), np.zeros(3, np.float32)
-    mean, std = np.asarray(spec.mean), np.asarray(spec.std)
-    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

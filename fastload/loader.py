@@ -300,7 +300,8 @@ class Loader:
             size = (int(rows["height"][0]), int(rows["width"][0]))
         images = self._buffers.take((len(bases), *size, 3), np.uint8)
         floats = self._buffers.take(images.shape, np.float32) if self._finisher.wants_floats else None
-        return Job(epoch, stop, np.array(bases, np.int64), table, images, floats)
+        bases = np.array(bases, np.int64)
+        return Job(epoch, stop, bases, self.dataset.spans(bases), table, images, floats)
 
     def _collect(self, job: Job) -> Any:
         for part in job.slices:
@@ -345,8 +346,7 @@ class Loader:
         job = self._draw(self.epoch, start, start + rows)
         clock.mark(DRAW)
         filler.fill(job, 0, rows)
-        if job.floats is not None:
-            clock.mark(NORMALISE, job.floats.nbytes)
+        clock.skip()
         array = self._finisher.mix(job)
         if self.plan.mixers:
             clock.mark(MIX, array.nbytes)

@@ -1,9 +1,9 @@
 """Where the time of a loader goes: the steps of its work, and the clock that they are measured with.
 
 The clock gives all time since its last mark to the stage that ends now, so nothing is left over: the stages of a pass add up
-to its wall time. The trade-off: what lies between two steps counts for the later one. An engine without a clock marks
-nothing; a measured one is a subclass (:class:`fastload.engines.profiled.ProfiledEngine`), so that the usual path pays
-nothing.
+to its wall time. The trade-off: what lies between two steps counts for the later one, and what a kernel's own clock leaves over is
+shared out over the steps that it measured. An engine without a clock marks nothing; a measured one is a subclass
+(:class:`fastload.engines.profiled.ProfiledEngine`), so that the usual path pays nothing.
 
 >>> for stage in loader.profile(): print(stage.name, stage.seconds, stage.bytes)
 """
@@ -56,10 +56,17 @@ class Clock:
 
     def mark(self, stage: str, size: int = 0) -> None:
         """Give the time since the last mark to ``stage``, which has read or written ``size`` bytes."""
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self.bytes[stage] = self.bytes.get(stage, 0) + size
+        self.add(stage, time.perf_counter() - self._last, size)
         self._last = time.perf_counter()  # its own work counts for nobody
+
+    def add(self, stage: str, seconds: float, size: int) -> None:
+        """Give ``seconds`` that were measured otherwise, and ``size`` bytes, to ``stage``."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.bytes[stage] = self.bytes.get(stage, 0) + size
+
+    def skip(self) -> None:
+        """The time since the last mark belongs to no stage, or was given to some already."""
+        self._last = time.perf_counter()
 
 
 def summarise(passes: Sequence[Clock], images: int) -> list[Stage]:

@@ -4,22 +4,21 @@ The fast path of the CPU engine. Luma and chroma are decoded at the reduction th
 planes; chroma is smooth, but not filtered as libjpeg's "fancy upsampling" does, so pixels differ a little from Pillow's (a mean
 of about half a level for photographs).
 
->>> status = crop_to(data, height, width, box, clip, flips, out, new_work(), scratch, need)
+>>> status = crop_to(data, height, width, box, clip, flips, out, new_work(), scratch, need, clock)  # inside of a kernel
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from fastload.kernels import decode, jpeg, pixels, planes
+from fastload.kernels import decode, jpeg, planes, raw
 from fastload.kernels.decode import H, V
-from fastload.kernels.jit import kernel
-from fastload.kernels.memory import address, load_u8, part
+from fastload.kernels.memory import address, load_u8, nanoseconds, part
 from fastload.kernels.planes import LANES, MOST_TAPS
+from fastload.kernels.raw import valid_box
 
 OK, UNSUPPORTED, BAD_FRAME = decode.OK, decode.UNSUPPORTED, decode.BAD_FRAME
-MORE_SCRATCH = 32  # the scratch memory is too small; `need` says how much is needed
-BAD_BOX = 33
+MORE_SCRATCH, BAD_BOX = raw.MORE_SCRATCH, raw.BAD_BOX  # the former: `need` says how much is needed
 REASONS = {
     **decode.REASONS,
     MORE_SCRATCH: "the scratch memory is too small",
@@ -38,24 +37,19 @@ def _reduction(scale):
 
 
 @part
-def crop_to(data, height, width, box, clip, flips, out, work, scratch, need):
+def crop_to(data, height, width, box, clip, flips, out, work, scratch, need, clock):
     """Fill ``out`` (h, w, 3) uint8, pixels contiguous, with the window ``box`` of the JPEG ``data`` (n,) uint8.
 
     The picture must have ``height`` x ``width`` pixels. ``box`` (y0, x0, y1, x1) float64 and ``clip`` int64 are as
     :func:`fastload.kernels.resize.resize` has them, ``flips`` too. ``work`` and ``scratch`` (n,) uint8 belong to the thread.
     Returns OK; UNSUPPORTED if this must be decoded otherwise; MORE_SCRATCH with ``need[0]`` bytes; or what is wrong, see REASONS.
-    ``out`` is written for OK only.
+    ``out`` is written for OK only. ``clock`` (2, 3) int64, or (2, 0) where nobody asks: nanoseconds and bytes of cutting, decoding and
+    resizing are added to it.
     """
-    rows, columns = out.shape[0], out.shape[1]
+    rows, columns, timed = out.shape[0], out.shape[1], clock.shape[1] > 0
     if rows < 1 or columns < 1:
         return OK
-    if not (
-        0 <= clip[0] < clip[2] <= height
-        and 0 <= clip[1] < clip[3] <= width
-        and box[0] < box[2]
-        and box[1] < box[3]
-        and abs(box[0]) + abs(box[1]) + abs(box[2]) + abs(box[3]) < 1e9
-    ):
+    if not valid_box(box, clip, height, width):
         return BAD_BOX
     status = decode.read_header(data, work.tables, work.header)
     if status != OK:
@@ -147,12 +141,17 @@ def crop_to(data, height, width, box, clip, flips, out, work, scratch, need):
     if mcus // interval > data.size:  # so that the header alone cannot ask for much memory
         return decode.OVERRUN
     segments = np.empty((mcus // interval + 2, 3), np.int64)
-    status, found, _ = decode.find_segments(data, info, row0, col0, row1, col1, start, bytes_room, segments)
+    begun = nanoseconds() if timed else 0
+    status, found, used = decode.find_segments(
+        data, info, row0, col0, row1, col1, start, bytes_room, segments
+    )
     if status != OK:
         return status
+    cut = nanoseconds() if timed else 0
     status = decode.decode_segments(work, segments, found, row0, col0, row1, col1, table)
     if status != OK:
         return status
+    decoded = nanoseconds() if timed else 0
 
     for c in range(count):
         kind = min(c, 1)
@@ -200,52 +199,15 @@ def crop_to(data, height, width, box, clip, flips, out, work, scratch, need):
             for i in range(pixels_left):
                 for channel in range(3):
                     out[y, 16 * whole + i, channel] = np.uint8(load_u8(strip + 3 * i + channel))
+    if timed:
+        clock[0, 0] += cut - begun
+        clock[0, 1] += decoded - cut
+        clock[0, 2] += nanoseconds() - decoded
+        clock[1, 0] += used
+        for c in range(count):
+            kind = min(c, 1)
+            down, across = info[jpeg.MCU_H] // step[kind, 0], info[jpeg.MCU_W] // step[kind, 1]
+            clock[1, 1] += (row1 - row0) * down * (col1 - col0) * across
+        clock[1, 2] += out.size
     # numba frees an array after its last mention, and an address is none.
     return OK if weights_y.size + weights_x.size > 0 else BAD_BOX
-
-
-@kernel
-def fill(
-    file, starts, sizes, shapes, place, box, clip, flips, colour, out, begin, end, work, scratch, need, status
-):
-    """:func:`crop_to` for the rows [begin, end) of a batch ``out`` (B, H, W, 3) uint8, from a mapped file (n,) uint8.
-
-    By row: ``starts`` and ``sizes`` (B,) int64 the JPEG's bytes in the file, ``shapes`` (B, 2) int64 its height and width,
-    ``place`` (B, 4) int64 the rectangle (y, x, height, width) of the output that the crop fills, with ``colour`` (3,) uint8
-    around it, ``box`` (B, 4) float64, ``clip`` (B, 4) int64, ``flips`` (B,) int64. ``status`` (B,) int64 is written; a row whose
-    status is not OK must be done again otherwise. ``need[0]`` is the most scratch memory that one of them asked for.
-    """
-    need[0] = 0
-    one = np.zeros(1, np.int64)
-    for i in range(begin, end):
-        y, x, height, width = place[i, 0], place[i, 1], place[i, 2], place[i, 3]
-        if (
-            y < 0
-            or x < 0
-            or height < 0
-            or width < 0
-            or y + height > out.shape[1]
-            or x + width > out.shape[2]
-            or starts[i] < 0
-            or sizes[i] < 0
-            or starts[i] > file.size
-            or sizes[i] > file.size - starts[i]
-        ):
-            status[i] = BAD_BOX
-            continue
-        if height < out.shape[1] or width < out.shape[2]:
-            pixels.fill_outside(out[i], y, x, height, width, colour)
-        status[i] = crop_to(
-            file[starts[i] : starts[i] + sizes[i]],
-            shapes[i, 0],
-            shapes[i, 1],
-            box[i],
-            clip[i],
-            flips[i],
-            out[i, y : y + height, x : x + width],
-            work,
-            scratch,
-            one,
-        )
-        if status[i] == MORE_SCRATCH:
-            need[0] = max(need[0], one[0])

@@ -8,10 +8,13 @@ again by each process (about half a minute), and a warning says so once.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -72,7 +75,19 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     cache = getattr(compiled, "_cache", None)
     if cached and hasattr(cache, "load_overload") and hasattr(cache, "save_overload"):
         _forgive(cache)
+    index = getattr(cache, "_cache_file", None)
+    if hasattr(index, "_source_stamp"):
+        index._source_stamp = (index._source_stamp, _sources())  # type: ignore[union-attr]
     return compiled
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of all kernels: numba looks at a kernel's own file only, and would go on using one whose parts have changed."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _forgive(cache: Any) -> None:

@@ -8,12 +8,14 @@ Nothing here checks anything: the callers in :mod:`fastload.kernels.huffman`, :m
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _I64 = ir.IntType(64)
@@ -95,6 +97,41 @@ def lowest_bit(typing, mask):  # type: ignore[no-untyped-def]
     return types.int64(types.int64), generate
 
 
+@intrinsic
+def reverse16(typing, source, to):  # type: ignore[no-untyped-def]
+    """Copy 16 pixels of three bytes in reverse order."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = ir.VectorType(ir.IntType(8), 48)
+        data = builder.load(builder.inttoptr(args[0], vector.as_pointer()), align=1)
+        order = [3 * (15 - i // 3) + i % 3 for i in range(48)]
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), 48), order)
+        turned = builder.shuffle_vector(data, ir.Constant(vector, ir.Undefined), mask)
+        builder.store(turned, builder.inttoptr(args[1], vector.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def nanoseconds(typing):  # type: ignore[no-untyped-def]
+    """The monotonic clock, int64; the same as Python's ``time.monotonic_ns``."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        # By name, so that a kernel that was cached on disk finds it again.
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), _I64.as_pointer()])
+        function = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        with builder.goto_entry_block():
+            seconds = builder.alloca(ir.ArrayType(_I64, 2))
+        base = builder.bitcast(seconds, _I64.as_pointer())
+        builder.call(function, [ir.Constant(ir.IntType(32), time.CLOCK_MONOTONIC), base])
+        whole = builder.load(base)
+        rest = builder.load(builder.gep(base, [ir.Constant(ir.IntType(32), 1)]))
+        return builder.add(builder.mul(whole, ir.Constant(_I64, 10**9)), rest)
+
+    return types.int64(), generate
+
+
 def inlined(function: Any) -> Any:
     """A part of a kernel that must not cost a call: its state stays in registers."""
     return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
@@ -121,7 +158,9 @@ __all__ = [
     "load_u16",
     "load_u32",
     "lowest_bit",
+    "nanoseconds",
     "part",
+    "reverse16",
     "store_u8",
     "store_u16",
     "store_u32",

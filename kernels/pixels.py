@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastload.kernels.jit import kernel
+from fastload.kernels.memory import part
 
 
 @kernel
@@ -48,10 +49,12 @@ def fill_outside(image, y, x, height, width, fill):
     """Paint everything outside of the rectangle with ``fill`` (3,) uint8."""
     for i in range(image.shape[0]):
         inside = y <= i < y + height
-        for j in range(image.shape[1]):
-            if not inside or j < x or j >= x + width:
-                for c in range(3):
-                    image[i, j, c] = fill[c]
+        for j in range(x if inside else image.shape[1]):
+            for c in range(3):
+                image[i, j, c] = fill[c]
+        for j in range(x + width if inside else image.shape[1], image.shape[1]):
+            for c in range(3):
+                image[i, j, c] = fill[c]
 
 
 @kernel
@@ -67,15 +70,28 @@ def erase(image, boxes, fills):
 @kernel
 def normalise(images, scale, shift, out):
     """out = images * scale + shift in each channel: (B, H, W, 3) uint8 to float32, ``scale`` and ``shift`` (3,) float32."""
-    count = images.shape[2] * 3
-    pattern_scale, pattern_shift = np.empty(count, np.float32), np.empty(count, np.float32)
-    for j in range(count):
-        pattern_scale[j], pattern_shift[j] = scale[j % 3], shift[j % 3]
+    scales, shifts = tiled(scale, 3 * images.shape[2]), tiled(shift, 3 * images.shape[2])
     for b in range(images.shape[0]):
-        for y in range(images.shape[1]):
-            source, target = images[b, y].reshape(count), out[b, y].reshape(count)
-            for j in range(count):
-                target[j] = np.float32(source[j]) * pattern_scale[j] + pattern_shift[j]
+        normalise_image(images[b], scales, shifts, out[b])
+
+
+@part
+def tiled(values, count):
+    """``values`` (3,) again and again, (count,) float32."""
+    result = np.empty(count, np.float32)
+    for j in range(count):
+        result[j] = values[j % 3]
+    return result
+
+
+@part
+def normalise_image(image, scales, shifts, out):
+    """One image (H, W, 3) for :func:`normalise`, with scale and shift for each number of a row, (3 * W,) float32."""
+    count = scales.size
+    for y in range(image.shape[0]):
+        source, target = image[y].reshape(count), out[y].reshape(count)
+        for j in range(count):
+            target[j] = np.float32(source[j]) * scales[j] + shifts[j]
 
 
 @kernel

@@ -184,6 +184,29 @@ def _colour(components: int) -> Any:
 colour_ycc, colour_grey = _colour(3), _colour(1)
 
 
+@intrinsic
+def round_words(typing, source, groups, out):  # type: ignore[no-untyped-def]
+    """16 * ``groups`` bytes from 16-bit samples with 8 bits behind the point; ``source`` and ``out`` are addresses."""
+    signature = types.void(*[types.intp] * 3)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = _words(16)
+        with cgutils.for_range(builder, args[1]) as group:
+            place = builder.add(args[0], builder.mul(group.index, ir.Constant(_I64, 32)))
+            value = builder.lshr(
+                builder.load(_pointer(builder, place, kind), align=2), ir.Constant(kind, [7] * 16)
+            )
+            value = builder.lshr(builder.add(value, ir.Constant(kind, [1] * 16)), ir.Constant(kind, [1] * 16))
+            limit = ir.Constant(kind, [255] * 16)
+            value = builder.select(builder.icmp_unsigned(">", value, limit), limit, value)
+            place = builder.add(args[2], builder.mul(group.index, ir.Constant(_I64, 16)))
+            levels = builder.trunc(value, ir.VectorType(_I8, 16))
+            builder.store(levels, _pointer(builder, place, ir.VectorType(_I8, 16)), align=1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
 @part
 def triangle(start, stop, low, high, size, flip, first, weights):
     """Taps of one axis: output ``i`` of ``size`` is the sum over k of ``weights[k, i] * source[first[i] + k]`` / 65536.

@@ -153,3 +153,34 @@ def test_this_process_knows_its_folder():
     folder = fastload.kernels.cache_folder()
     assert folder is fastload.kernels.cache_folder()
     assert folder.writable == (folder.why == "") and (not folder.writable or os.path.isdir(folder.path))
+
+
+def test_a_kernel_is_compiled_again_when_a_part_of_it_has_changed(site, tmp_path):
+    """numba compares the file of the kernel itself only; parts of most kernels lie in other files."""
+    own = tmp_path / "own"
+    shutil.copytree(site, own)
+    (own / "fastload" / "kernels" / "__pycache__").unlink()
+    (own / "fastload" / "kernels" / "one.py").write_text(
+        "from fastload.kernels.memory import part\n\n@part\ndef answer():\n    return 41\n"
+    )
+    (own / "fastload" / "kernels" / "two.py").write_text(
+        "from fastload.kernels.jit import kernel\nfrom fastload.kernels.one import answer\n\n"
+        "@kernel\ndef ask():\n    return answer()\n"
+    )
+    program = "from fastload.kernels.two import ask; print(ask(), sum(ask.stats.cache_hits.values()))"
+
+    def ask():
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(own)},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert [ask(), ask()] == [["41", "0"], ["41", "1"]]
+    changed = own / "fastload" / "kernels" / "one.py"
+    changed.write_text(changed.read_text().replace("41", "42"))
+    assert [ask(), ask()] == [["42", "0"], ["42", "1"]]

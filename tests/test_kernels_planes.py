@@ -20,7 +20,9 @@ GUARD = 256
 # Parts of kernels are only compiled into kernels: these make them callable.
 @kernel
 def crop_to(data, height, width, box, clip, flips, out, work, scratch, need):
-    return crops.crop_to(data, height, width, box, clip, flips, out, work, scratch, need)
+    return crops.crop_to(
+        data, height, width, box, clip, flips, out, work, scratch, need, np.zeros((2, 0), np.int64)
+    )
 
 
 @kernel
@@ -216,36 +218,6 @@ def test_a_box_outside_of_the_clip_takes_its_edge(box):
 def test_the_picture_must_be_as_large_as_the_file_says():
     data = codecs.encode_jpeg(picture(90, 120))
     assert once(data, (90, 121), (0, 0, 9, 9), (0, 0, 90, 121), (8, 8), 0, 0, 1 << 20)[0] == crops.BAD_FRAME
-
-
-def test_a_batch_slice_equals_its_crops():
-    rng = np.random.default_rng(3)
-    blobs = [codecs.encode_jpeg(picture(60 + 9 * i, 130 - 7 * i, i)) for i in range(6)] + [b"not a JPEG"]
-    sizes = np.array([len(b) for b in blobs])
-    starts = 7 + np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    file = np.frombuffer(bytes(7) + b"".join(blobs), np.uint8)
-    shapes = np.array([[60 + 9 * i, 130 - 7 * i] for i in range(7)])
-    box = np.stack([np.array([1.5, 2, 50, 70.25])] * 7)
-    clip = np.concatenate([np.zeros((7, 2), np.int64), shapes], axis=1)
-    place = np.array([[0, 0, 40, 48], [2, 3, 30, 20], [0, 0, 40, 48], [0, 0, 0, 0]] + [[0, 8, 40, 40]] * 3)
-    flips = rng.integers(0, 4, 7)
-    out, status, need = np.full((7, 40, 48, 3), 9, np.uint8), np.full(7, -1), np.zeros(1, np.int64)
-    colour = np.array([1, 2, 3], np.uint8)
-    shared = (file, starts, sizes, shapes, place, box, clip, flips, colour, out)
-    crops.fill(*shared, 1, 7, WORK, np.zeros(1 << 20, np.uint8), need, status)
-    assert status.tolist() == [-1] + [crops.OK] * 5 + [crops.decode.NOT_JPEG]
-    assert (out[0] == 9).all()
-    for i in range(1, 6):
-        y, x, h, w = place[i]
-        expected = np.broadcast_to(colour, (40, 48, 3)).copy()
-        if h:
-            expected[y : y + h, x : x + w] = crop(blobs[i], shapes[i], box[i], clip[i], (h, w), flips[i])[1]
-        assert np.array_equal(out[i], expected)
-    starts[2], sizes[3], place[4, 0] = -1, file.size, 7
-    crops.fill(*shared, 2, 5, WORK, np.zeros(1 << 20, np.uint8), need, status)
-    assert (status[2:5] == crops.BAD_BOX).all()
-    crops.fill(*shared, 1, 2, WORK, np.zeros(100, np.uint8), need, status)
-    assert status[1] == crops.MORE_SCRATCH and need[0] > 100
 
 
 def segments_of(data):

@@ -8,7 +8,7 @@ what a JPEG is, it does not care. The layout, exact to the byte, is in docs/form
 """
 
 from fastload.beton.layout import EncodedImage, Field
-from fastload.beton.reader import Reader
+from fastload.beton.reader import Reader, Spans
 from fastload.beton.writer import Writer
 
-__all__ = ["EncodedImage", "Field", "Reader", "Writer"]
+__all__ = ["EncodedImage", "Field", "Reader", "Spans", "Writer"]

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,17 @@ from fastload.beton.layout import EncodedImage, Field
 from fastload.errors import CorruptError, DataError, UsageError
 
 MAX_FIELDS = 512
+
+
+class Spans(NamedTuple):
+    """Where encoded images lie in a file, all (B,): ``starts`` int64, -1 for a damaged entry, whose error
+    :meth:`Reader.image` tells; ``sizes`` int64 bytes; ``raw`` bool: pixels and not JPEG; ``shapes`` (B, 2) int64 height and width.
+    """
+
+    starts: np.ndarray
+    sizes: np.ndarray
+    raw: np.ndarray
+    shapes: np.ndarray
 
 
 class Reader:
@@ -155,6 +166,11 @@ class Reader:
         self.allocations = self.allocations[:0].copy()
         self.num_samples = 0
 
+    @property
+    def data(self) -> np.ndarray:
+        """The whole file, (size,) uint8, mapped."""
+        return self._bytes
+
     def column(self, name: str) -> np.ndarray:
         """The metadata column of a field, shape (N,), mapped: numbers for int and float, else the row's pointers."""
         column: np.ndarray = self.metadata[self._columns[name]]
@@ -177,15 +193,19 @@ class Reader:
             if int(entry["ptr"]) == ptr and int(entry["sample_id"]) == index:
                 return int(entry["size"])
         # ... FFCV's workers allocate as they come.
-        if self._sorted is None:
-            ptrs = np.ascontiguousarray(self.allocations["ptr"])
-            order = np.argsort(ptrs, kind="stable")
-            self._sorted = (ptrs[order], order)
-        ptrs, order = self._sorted
+        ptrs, order = self._by_address()
         place = int(np.searchsorted(ptrs, np.uint64(ptr)))
         if place == ptrs.size or int(ptrs[place]) != ptr:
             raise CorruptError(f"nothing is allocated at its address {ptr:,}")
         return int(self.allocations["size"][order[place]])
+
+    def _by_address(self) -> tuple[np.ndarray, np.ndarray]:
+        """Addresses of the allocations in rising order, and the place of each in the table."""
+        if self._sorted is None:
+            ptrs = np.ascontiguousarray(self.allocations["ptr"])
+            order = np.argsort(ptrs, kind="stable")
+            self._sorted = (ptrs[order], order)
+        return self._sorted
 
     def image(self, index: int, name: str = "image") -> EncodedImage:
         """The encoded image of a sample; ``data`` is a uint8 view into the file."""
@@ -200,6 +220,39 @@ class Reader:
         if not height or not width:
             raise CorruptError(f"its image has {height} x {width} pixels")
         return EncodedImage("raw" if mode == layout.RAW else "jpeg", height, width, self.span(ptr, size))
+
+    def spans(self, indices: np.ndarray, name: str = "image") -> Spans:
+        """Where the encoded images of ``indices`` (B,) lie in :attr:`data`, at once; damage is not raised but marked."""
+        indices = np.asarray(indices, np.int64)
+        rows = self.column(name)[indices]
+        ptrs = rows["ptr"]
+        raw = rows["mode"] == layout.RAW
+        heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+        sizes = np.where(raw, heights * widths * 3, self._allocated(indices, name, ptrs))
+        known = raw | (rows["mode"] == layout.JPEG)
+        end = np.uint64(self._table_at)
+        starts = ptrs.astype(np.int64)
+        inside = (ptrs >= np.uint64(layout.HEADER.itemsize)) & (ptrs <= end)
+        inside &= (sizes >= 0) & (sizes <= self._table_at - np.where(inside, starts, 0))
+        good = known & inside & (heights > 0) & (widths > 0)
+        return Spans(
+            np.where(good, starts, -1), np.where(good, sizes, 0), raw, np.stack([heights, widths], 1)
+        )
+
+    def _allocated(self, indices: np.ndarray, name: str, ptrs: np.ndarray) -> np.ndarray:
+        """:meth:`allocated` for many samples, -1 where nothing is allocated at the address."""
+        at = indices * len(self._slot) + self._slot[name]
+        if not self.allocations.size:
+            return np.full(len(indices), -1, np.int64)
+        entries = self.allocations[np.minimum(at, self.allocations.size - 1)]
+        found = (at < self.allocations.size) & (entries["ptr"] == ptrs) & (entries["sample_id"] == indices)
+        sizes = np.where(found, entries["size"].astype(np.int64), -1)
+        if not found.all():
+            known, order = self._by_address()
+            place = np.minimum(np.searchsorted(known, ptrs[~found]), known.size - 1)
+            there = known[place] == ptrs[~found]
+            sizes[~found] = np.where(there, self.allocations["size"][order[place]].astype(np.int64), -1)
+        return sizes
 
     def value(self, index: int, name: str) -> Any:
         """The value of any field but an image: int, float, bytes, JSON value or array (a copy)."""

@@ -1,10 +1,12 @@
-"""The CPU engine: cut the crop out of the JPEG, decode it, resize, recolour; one image at a time, on any thread.
+"""The CPU engine: cut the crop out of the JPEG, decode it, resize, recolour; a slice of a batch in one call, on any thread.
 
-Of each image only the restart segments under the crop are decoded. With ``decode="fast"`` chroma is upsampled without
-smoothing and a crop at least twice as large as the output is decoded at 1/2, 1/4 or 1/8 of its size; ``"exact"`` decodes
-to the pixels that Pillow gives and resizes within one level of it. Nearly all of it runs without the GIL.
+Of each image only the restart segments under the crop are decoded. With ``decode="fast"`` our own decoder
+(:mod:`fastload.kernels.batch`) resizes luma and chroma from their own planes, and decodes a crop at least twice as large as
+the output at 1/2, 1/4 or 1/8 of its size; ``"exact"`` decodes to the pixels that Pillow gives and resizes within one level of it.
+What our decoder does not take (progressive, CMYK or damaged JPEG), libjpeg-turbo decodes, image by image, or says what is
+wrong. Nearly all of it runs without the GIL.
 
->>> Engine(dataset, Plan(transforms.train(224)), "fast").execute(base_index, table, row, out)
+>>> made = Engine(dataset, Plan(transforms.train(224)), "fast").fill(spans, table, 0, 64, images)
 """
 
 from __future__ import annotations
@@ -17,15 +19,21 @@ from typing import Any
 import numpy as np
 
 from fastload import codecs
-from fastload.beton import EncodedImage
+from fastload.beton import EncodedImage, Spans
 from fastload.dataset import Dataset
 from fastload.draws import Plan, Table
 from fastload.errors import CorruptError, DataError, UsageError
-from fastload.kernels import jpeg, pixels, resize
+from fastload.kernels import batch, jpeg, pixels, resize
 
 FAST, EXACT = "fast", "exact"
 _SMOOTH = 2  # pixels of margin that keep smooth chroma upsampling independent of the cut
 _KEEP = 1 << 26  # scratch memory that a thread keeps; more is freed after the image that needed it
+_MOST = 1 << 30  # scratch memory that a row may ask for
+_NO_COLOUR = np.empty((0, 3, 7), np.float32)
+_NO_CLOCK = np.zeros((2, 0), np.int64)
+
+# What Dataset.spans gives.
+Sources = list[tuple[np.ndarray, np.ndarray, Spans]]
 
 
 class Engine:
@@ -36,12 +44,82 @@ class Engine:
             raise UsageError(f"decode must be 'fast' or 'exact', got {decode!r}")
         self._dataset, self._plan, self._exact = dataset, plan, decode == EXACT
         self._field = dataset.image_field
-        self._fill = np.array(plan.fill, np.uint8)
-        self._erase_fill = plan.erase_fill
+        self._paint = batch.Paint(np.array(plan.fill, np.uint8), plan.erase_fill, *plan.affine)
         self._local = threading.local()
 
-    def execute(self, base: int, table: Table, row: int, out: np.ndarray) -> None:
-        """Fill ``out`` (H, W, 3) uint8 with sample ``base`` as row ``row`` says. CorruptError for bad bytes."""
+    def fill(
+        self,
+        spans: Sources,
+        table: Table,
+        start: int,
+        stop: int,
+        images: np.ndarray,
+        floats: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Fill the rows [start, stop) of ``images`` (B, H, W, 3) uint8, and of ``floats`` of the same shape, float32, if it is given.
+
+        ``spans`` is what :meth:`fastload.dataset.Dataset.spans` says of the batch. Returns (stop - start,) bool: False for the rows that
+        :meth:`execute` must do, all if the whole images are a function's. With functions of the user nothing is normalised.
+        """
+        made = np.zeros(stop - start, bool)
+        if self._plan.whole_image:
+            return made
+        no_floats = floats is None or bool(self._plan.per_image)
+        wanted = np.empty((0, *images.shape[1:]), np.float32) if no_floats else floats
+        rows_of_table = batch.Rows(
+            table.place,
+            table.box,
+            table.clip,
+            table.flips,
+            _NO_COLOUR if table.colour is None else table.colour,
+            table.coloured,
+            table.erase,
+        )
+        status = np.full(len(images), batch.UNSUPPORTED, np.int64)
+        for file, places, where in spans:
+            mine = places[np.searchsorted(places, start) : np.searchsorted(places, stop)]
+            rows = mine[where.raw[mine]] if self._exact else mine
+            self._read(file, where, rows, table.box)
+            thread = self._thread(0)
+            while rows.size:
+                self._call_kernel(
+                    file, rows, batch.Sources(*where), rows_of_table, images, wanted, thread, status
+                )
+                # Only a large picture asks for more; what asks for too much goes the other way, which knows the limit.
+                rows = rows[status[rows] == batch.MORE_SCRATCH]
+                if rows.size and not thread.scratch.size < thread.need[0] <= _MOST:
+                    break
+                thread = self._thread(int(thread.need[0]))
+        made[:] = status[start:stop] == batch.OK
+        return made
+
+    def _call_kernel(self, *arguments: Any) -> None:
+        file, rows, sources, table, images, floats, thread, status = arguments
+        batch.fill(file, rows, sources, table, self._paint, images, floats, thread, status, _NO_CLOCK)
+
+    def _read(self, file: np.ndarray, where: Spans, rows: np.ndarray, box: np.ndarray) -> None:
+        """Bring the bytes of ``rows`` into memory, where that does not happen by itself."""
+
+    def _thread(self, size: int) -> batch.Thread:
+        """The kernel's memory of this thread, with at least ``size`` bytes of scratch."""
+        thread: batch.Thread | None = getattr(self._local, "thread", None)
+        if thread is None:
+            thread = self._local.thread = batch.new_thread()
+        if thread.scratch.size < size:
+            thread = thread._replace(scratch=np.empty(size + size // 4, np.uint8))
+            if size <= _KEEP:
+                self._local.thread = thread
+        return thread
+
+    def execute(self, base: int, table: Table, row: int, out: np.ndarray, made: bool = False) -> None:
+        """Fill ``out`` (H, W, 3) uint8 with sample ``base`` as row ``row`` says. CorruptError for bad bytes.
+
+        One image by other means than :meth:`fill`. ``made``: :meth:`fill` has made the pixels, and functions of the user are left.
+        """
+        if made:
+            for spec in self._plan.per_image:
+                self._call(spec, out, table, row, out)
+            return
         reader, at = self._dataset.locate_base(base)
         image = reader.image(at, self._field)
         if self._plan.whole_image:
@@ -53,12 +131,16 @@ class Engine:
         for spec in self._plan.per_image[1 if self._plan.whole_image else 0 :]:
             self._call(spec, out, table, row, out)
 
-    # Each of the following is one stage of the work (see fastload.stages): ProfiledEngine times them.
+    def normalise(self, image: np.ndarray, out: np.ndarray) -> None:
+        """``out`` (H, W, 3) float32 from the pixels of :meth:`execute`."""
+        pixels.normalise(image[None], self._paint.scale, self._paint.shift, out[None])
+
+    # Each of the following is one stage of the work on one image (see fastload.stages): ProfiledEngine times them.
 
     def _geometry(self, image: EncodedImage, table: Table, row: int, out: np.ndarray) -> None:
         y, x, height, width = table.place[row].tolist()
         if (height, width) != out.shape[:2]:
-            pixels.fill_outside(out, y, x, height, width, self._fill)
+            pixels.fill_outside(out, y, x, height, width, self._paint.background)
             out = out[y : y + height, x : x + width]
             if not out.size:
                 return
@@ -151,7 +233,7 @@ class Engine:
         if table.colour is not None and table.coloured[row]:
             pixels.recolour(out, table.colour[row])
         if table.erase.shape[1]:
-            pixels.erase(out, table.erase[row], self._erase_fill)
+            pixels.erase(out, table.erase[row], self._paint.erase_fill)
 
     def _decode_whole(self, image: EncodedImage) -> np.ndarray:
         if image.mode == "raw":
