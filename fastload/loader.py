@@ -22,7 +22,7 @@ from fastload.batch import Batch, Buffers
 from fastload.dataset import Dataset
 from fastload.dataset import open as open_dataset
 from fastload.draws import Plan
-from fastload.engines.cpu import Engine, check_uniform
+from fastload.engines.cpu import Engine, Sources, check_uniform
 from fastload.engines.profiled import ProfiledEngine
 from fastload.errors import DataError, UsageError, unknown
 from fastload.finish import Finisher
@@ -288,20 +288,20 @@ class Loader:
     def _draw(self, epoch: int, start: int, stop: int) -> Job:
         """The samples at positions [start, stop) of an epoch, what is to be done to them, and memory for it."""
         chosen = self._order.take(epoch, start, stop)
-        bases = chosen if self._indices is None else self._indices[chosen]
-        rows = self.dataset.gather(self.dataset.image_field, bases)
+        bases = np.array(chosen if self._indices is None else self._indices[chosen], np.int64)
+        spans = self.dataset.spans(bases)
         keys = bases.astype(np.uint64)
         if self._repeats:  # 24 bits of the place in the epoch, in front of the sample's number
             keys ^= (self._order.places(start, stop) + np.uint64(1)) << np.uint64(40)
-        table = self.plan.draw(self.seed, epoch, keys, rows["height"], rows["width"])
+        heights, widths = _shapes(spans, len(bases)).T
+        table = self.plan.draw(self.seed, epoch, keys, heights, widths)
         if self.plan.size is not None:
             size = self.plan.size
         else:
-            size = (int(rows["height"][0]), int(rows["width"][0]))
+            size = (int(heights[0]), int(widths[0]))
         images = self._buffers.take((len(bases), *size, 3), np.uint8)
         floats = self._buffers.take(images.shape, np.float32) if self._finisher.wants_floats else None
-        bases = np.array(bases, np.int64)
-        return Job(epoch, stop, bases, self.dataset.spans(bases), table, images, floats)
+        return Job(epoch, stop, bases, spans, table, images, floats)
 
     def _collect(self, job: Job) -> Any:
         for part in job.slices:
@@ -418,6 +418,16 @@ class Loader:
                 "uint8 cannot hold normalised pixels: leave Normalize out, or ask for a float dtype"
             )
         return chosen
+
+
+def _shapes(spans: Sources, count: int) -> np.ndarray:
+    """Heights and widths (B, 2) int64 of the images of a batch."""
+    if len(spans) == 1:
+        return spans[0][2].shapes
+    shapes = np.empty((count, 2), np.int64)
+    for _, places, where in spans:
+        shapes[places] = where.shapes[places]
+    return shapes
 
 
 def _integer(name: str, value: Any) -> int:

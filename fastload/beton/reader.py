@@ -223,18 +223,21 @@ class Reader:
 
     def spans(self, indices: np.ndarray, name: str = "image") -> Spans:
         """Where the encoded images of ``indices`` (B,) lie in :attr:`data`, at once; damage is not raised but marked."""
-        indices = np.asarray(indices, np.int64)
-        rows = self.column(name)[indices]
-        ptrs = rows["ptr"]
-        raw = rows["mode"] == layout.RAW
-        heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-        sizes = np.where(raw, heights * widths * 3, self._allocated(indices, name, ptrs))
-        known = raw | (rows["mode"] == layout.JPEG)
-        end = np.uint64(self._table_at)
+        indices, column = np.asarray(indices, np.int64), self.column(name)
+        # Field by field: numpy takes whole rows of a table twenty times as slowly.
+        mode, ptrs = column["mode"][indices], column["ptr"][indices]
+        heights, widths = (
+            column["height"][indices].astype(np.int64),
+            column["width"][indices].astype(np.int64),
+        )
+        raw = mode == layout.RAW
+        sizes = heights * widths * 3
+        if not raw.all():
+            sizes = np.where(raw, sizes, self._allocated(indices, name, ptrs))
         starts = ptrs.astype(np.int64)
-        inside = (ptrs >= np.uint64(layout.HEADER.itemsize)) & (ptrs <= end)
+        inside = (ptrs >= np.uint64(layout.HEADER.itemsize)) & (ptrs <= np.uint64(self._table_at))
         inside &= (sizes >= 0) & (sizes <= self._table_at - np.where(inside, starts, 0))
-        good = known & inside & (heights > 0) & (widths > 0)
+        good = (raw | (mode == layout.JPEG)) & inside & (heights > 0) & (widths > 0)
         return Spans(
             np.where(good, starts, -1), np.where(good, sizes, 0), raw, np.stack([heights, widths], 1)
         )
@@ -244,9 +247,10 @@ class Reader:
         at = indices * len(self._slot) + self._slot[name]
         if not self.allocations.size:
             return np.full(len(indices), -1, np.int64)
-        entries = self.allocations[np.minimum(at, self.allocations.size - 1)]
-        found = (at < self.allocations.size) & (entries["ptr"] == ptrs) & (entries["sample_id"] == indices)
-        sizes = np.where(found, entries["size"].astype(np.int64), -1)
+        place = np.minimum(at, self.allocations.size - 1)
+        found = self.allocations["ptr"][place] == ptrs
+        found &= (at < self.allocations.size) & (self.allocations["sample_id"][place] == indices)
+        sizes = np.where(found, self.allocations["size"][place].astype(np.int64), -1)
         if not found.all():
             known, order = self._by_address()
             place = np.minimum(np.searchsorted(known, ptrs[~found]), known.size - 1)
