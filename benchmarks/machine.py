@@ -20,7 +20,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from fastload.system import affinity_cores, quota_cores, usable_cores
+from fastload.system import affinity_cores, quota_cores, ram_bytes, usable_cores
 
 __all__ = [
     "affinity_cores",
@@ -53,19 +53,6 @@ def cpu_name() -> str:
         if key.strip() in ("model name", "Model"):
             return value.strip()
     return platform.processor() or platform.machine() or "unknown"
-
-
-def ram_bytes() -> int | None:
-    """Physical memory, or the control group's limit where that is smaller."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = _read(path).strip()
-        if limit.isdigit():
-            total = min(total, int(limit))
-    return total
 
 
 def available_bytes() -> int | None:

@@ -29,7 +29,7 @@ from fastload.finish import Finisher
 from fastload.jobs import Filler, Job, Replaced
 from fastload.order import Order, balanced_weights
 from fastload.stages import COPY, DRAW, MIX, NORMALISE, Clock, Stage, summarise
-from fastload.system import usable_cores
+from fastload.system import pinner, ram_bytes, read_ahead, usable_cores
 from fastload.transforms import Spec
 
 __all__ = ["Batch", "Loader", "Replaced"]
@@ -65,6 +65,7 @@ class Loader:
         prefetch: batches prepared ahead.
         engine: "cpu".
         decode: "fast" or "exact" (see :mod:`fastload.engines.cpu`).
+        pin_threads: keep each thread on a core of its own, which can help where cores have memory of their own (NUMA).
 
     A batch is a named tuple; images are (B, 3, H, W) in channels_last memory, labels (B,) int64, or (B, C) float32 with
     Mixup, CutMix or a multi-label file; ``batch.index`` (B,) int64 are the base indices of its samples. Raises UsageError
@@ -92,6 +93,7 @@ class Loader:
         prefetch: int = 2,
         engine: str = "cpu",
         decode: str = "fast",
+        pin_threads: bool = False,
     ) -> None:
         self._owned = not isinstance(data, Dataset)
         dataset = data if isinstance(data, Dataset) else open_dataset(data)
@@ -136,6 +138,14 @@ class Loader:
         self._fields = self._check_fields(fields)
         engine_of_threads = Engine(self.dataset, self.plan, decode)
         self._decode, self._replace = decode, on_error == "replace"
+        if pin_threads and not hasattr(os, "sched_setaffinity"):
+            raise UsageError(
+                "pin_threads needs Linux: this system cannot keep a thread on one core, got True"
+            )
+        self._pin = pinner() if pin_threads else None
+        size = sum(os.path.getsize(path) for path in self.dataset.paths)
+        self._too_large = size > (ram_bytes() or size)  # to stay in the page cache from epoch to epoch
+        self._read_ahead = True
         self._filler = Filler(self.dataset, self.plan, seed, engine_of_threads, self._replace)
         try:
             self.device = None if device is None else torch.device(device)
@@ -242,7 +252,7 @@ class Loader:
 
     def _run(self, epoch: int, start: int, turn: int) -> Iterator[Any]:
         starts = iter(range(start, self.num_samples, self.batch_size))
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastload")
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastload", initializer=self._pin)
         jobs: deque[Job] = deque()
         try:
             for at in starts:
@@ -264,6 +274,7 @@ class Loader:
                 del job
                 yield batch
                 del batch  # the consumer may let go of it while the next one is being made
+            self._read_ahead = self._too_large  # else the whole file was just read
         finally:
             for job in jobs:
                 job.cancelled = True
@@ -290,6 +301,9 @@ class Loader:
         chosen = self._order.take(epoch, start, stop)
         bases = np.array(chosen if self._indices is None else self._indices[chosen], np.int64)
         spans = self.dataset.spans(bases)
+        if self._read_ahead:
+            for file, places, where in spans:
+                read_ahead(file, where.starts[places], where.sizes[places])
         keys = bases.astype(np.uint64)
         if self._repeats:  # 24 bits of the place in the epoch, in front of the sample's number
             keys ^= (self._order.places(start, stop) + np.uint64(1)) << np.uint64(40)

@@ -24,6 +24,7 @@ from fastload import beton, transforms
 from fastload.benchmarks import verdict
 from fastload.benchmarks.bench import BenchResult, bench
 from fastload.benchmarks.side import ModelSide
+from fastload.engines.cpu import Engine
 from fastload.finish import Finisher
 
 MODEL, SIZE = "test_resnet", 64
@@ -129,15 +130,14 @@ def same_verdict_from_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One disk for all threads, at 10 MB/s: more threads wait for the same disk, fewer bytes help."""
     data = write(tmp_path / "photos.beton", 64, 300, 400)
-    read, disk = beton.Reader.image, threading.Lock()
+    read, disk = Engine._read, threading.Lock()
 
-    def throttled(self: Any, *arguments: Any) -> Any:
-        image = read(self, *arguments)
+    def throttled(self: Any, file: Any, where: Any, rows: Any, box: Any) -> Any:
         with disk:
-            time.sleep(image.data.nbytes / 10e6)
-        return image
+            time.sleep(int(where.sizes[rows].sum()) / 10e6)
+        return read(self, file, where, rows, box)
 
-    monkeypatch.setattr(beton.Reader, "image", throttled)
+    monkeypatch.setattr(Engine, "_read", throttled)
     step = step_of(0.002)
     monkeypatch.setattr(ModelSide, "train", step)
     result = measure(data, 8, 2, seconds=14)

@@ -485,3 +485,68 @@ def test_an_old_iterator_does_not_move_the_state(small):
     for _ in range(3):
         next(old)
     assert loader.state_dict()["position"] == 2
+
+
+def test_threads_can_be_pinned_and_make_the_same_batches(small, monkeypatch):
+    pinned = {}
+    original = os.sched_setaffinity
+
+    def recorded(thread, cores):
+        original(thread, cores)
+        pinned[thread] = os.sched_getaffinity(thread)
+
+    monkeypatch.setattr(os, "sched_setaffinity", recorded)
+    mine = os.sched_getaffinity(0)
+    options = {"transforms": T.train(24), "shuffle": True, "threads": 3}
+    batches = [b.image.clone() for b in Loader(small, 4, pin_threads=True, **options)]
+    assert pinned and all(len(cores) == 1 and cores <= mine for cores in pinned.values())
+    assert set.union(*pinned.values()) == set(sorted(mine)[: len(pinned)])
+    assert os.sched_getaffinity(0) == mine  # the caller's own thread is where it was
+    assert all(torch.equal(a, b.image) for a, b in zip(batches, Loader(small, 4, **options)))
+
+
+def test_files_are_read_ahead_until_they_have_been_read(beton_file, monkeypatch):
+    from fastload import loader as room
+
+    path = beton_file(count=12, size=(200, 300))
+    asked = []
+    monkeypatch.setattr(
+        room, "read_ahead", lambda file, starts, sizes: asked.append((len(file), starts, sizes))
+    )
+    loader = Loader(path, 4, transforms=T.eval(24))
+    list(loader)
+    ds = loader.dataset
+    assert [len(starts) for _, starts, _ in asked] == [4, 4, 4]
+    for i in range(12):
+        file, starts, sizes = asked[i // 4]
+        assert file == os.path.getsize(path) and sizes[i % 4] == ds.encoded(i).data.nbytes
+        at = int(starts[i % 4])
+        assert np.array_equal(ds._readers[0].data[at : at + sizes[i % 4]], ds.encoded(i).data)
+    list(loader)
+    assert len(asked) == 3  # the page cache has it now
+    monkeypatch.setattr(room, "ram_bytes", lambda: 1000)
+    large = Loader(path, 4, transforms=T.eval(24))
+    list(large), list(large)
+    assert len(asked) == 9  # it will not
+
+
+def test_reading_ahead_brings_a_file_into_the_page_cache(tmp_path):
+    from fastload.benchmarks.machine import cached_share
+    from fastload.system import read_ahead
+
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(1 << 23))
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_share(path) != 0:
+        pytest.skip("this file system keeps its files in memory")
+    memory = np.asarray(np.memmap(path, np.uint8, "r"))
+    starts, sizes = np.array([0, -1, 4_000_000, 8_000_000]), np.array([1_000_000, 10**6, 1_000_000, 10**12])
+    read_ahead(memory, starts, sizes)
+    for _ in range(100):
+        share = cached_share(path)
+        if share >= 2_000_000 / (1 << 23):
+            break
+        time.sleep(0.02)
+    assert 2_000_000 / (1 << 23) <= share < 0.6
