@@ -278,7 +278,7 @@ class Runner:
 
             def job(entry: Entry, process: PeerProcess) -> Callable[[], float]:
                 def run() -> float:
-                    answer = process.ask(do="run", images=self.o.images)
+                    answer = process.ask(do="run", images=max(1, round(workload.share * self.o.images)))
                     entry.cost(answer)
                     return float(answer["images"] / answer["seconds"])
 

@@ -26,6 +26,7 @@ from fastload.benchmarks.reference import Sources
 from fastload.errors import DataError, UsageError
 
 SIDE, QUALITY, SMALL_SIDE = 500, 90, 32
+TILES, _MOST_LARGE = 4, 100  # photographs along a side of a mosaic; mosaics in a set
 ORIENTATION = 0x0112  # EXIF
 _LOOKED_AT = 200  # files whose share in the page cache is looked up
 
@@ -91,7 +92,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 class Photos:
-    """Finds the pictures of ``data`` and makes the sets "500", "original", "raw", "small", "subset" and "convert" when first asked for.
+    """Finds the pictures of ``data`` and makes the sets "500", "original", "large", "raw", "small", "subset" and "convert" when first asked for.
 
     ``data`` is a folder of class folders, a tar of one, or a ``.beton`` of JPEG images. A set has about ``images`` images:
     more pictures are thinned out evenly, fewer stand in it ``copies`` times (None: as often as needed). DataError where there is
@@ -212,6 +213,19 @@ class Photos:
                 "none of the original files is a plain RGB JPEG, so there is nothing to compare at original size"
             )
         return self._jpeg_set("original", plain, self._times(len(plain), self.images), notes)
+
+    def _make_large(self) -> ImageSet:
+        """As many details a pixel as photographs have: enlarged ones would have fewer, and be easier to decode."""
+        folder = self.scratch / "large" / "mosaics"
+        folder.mkdir(parents=True)
+        count = max(1, min(_MOST_LARGE, self.images // 10))
+        items = []
+        for number in range(count):
+            parts = [self.encoded[(number * TILES**2 + i) % len(self.encoded)] for i in range(TILES**2)]
+            path = folder / f"{number:06d}.jpg"
+            mosaic([part.path for part in parts]).save(path, "JPEG", quality=QUALITY, subsampling="4:2:0")
+            items.append(Item(number, parts[0].label, path))
+        return self._jpeg_set("large", items, 1)
 
     def _make_convert(self) -> ImageSet:
         copies = self._times(len(self.originals), self.images // 2)
@@ -360,6 +374,19 @@ def encode(source: Path, target: Path) -> bool:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow's ways to say no
         return False
     return True
+
+
+def mosaic(paths: Sequence[Path]) -> Any:
+    """TILES x TILES pictures as one Pillow image of TILES * 500 by TILES * 375 pixels."""
+    from PIL import Image
+
+    width, height = SIDE, SIDE * 3 // 4
+    whole = Image.new("RGB", (TILES * width, TILES * height))
+    for i, path in enumerate(paths):
+        with Image.open(path) as image:
+            part = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        whole.paste(part, (i % TILES * width, i // TILES * height))
+    return whole
 
 
 def is_plain_jpeg(path: Path) -> bool:

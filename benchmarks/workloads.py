@@ -1,4 +1,4 @@
-"""What peers are compared on: nine workloads, each a few words, the pictures it reads and the crop it makes.
+"""What peers are compared on: ten workloads, each a few words, the pictures it reads and the crop it makes.
 
 Names are those of the command line. The trade-off of fixed workloads: they are the common cases of image classification (crops of
 224 pixels in batches of 64 as uint8, CIFAR-sized images in batches of 512), not yours.
@@ -19,7 +19,8 @@ from fastload.benchmarks.photos import ImageSet
 @dataclass(frozen=True)
 class Workload:
     """``kind``: how it is measured ("rate", "start", "convert", "threads", "memory"); ``pictures``: the set it reads;
-    ``batch`` None: the batch that the user asked for; ``better``: whether a higher or a lower figure wins.
+    ``batch`` None: the batch that the user asked for; ``better``: whether a higher or a lower figure wins; ``share``: of the images
+    a round that the user asked for.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Workload:
     normalise: bool = False
     unit: str = "images/s"
     better: str = "higher"
+    share: float = 1.0
 
 
 _ALL = (
@@ -41,6 +43,12 @@ _ALL = (
         "original",
         "random crop to 224 and flip to uint8, from the original JPEG files at their own size",
         pictures="original",
+    ),
+    Workload(
+        "large",
+        "random crop to 224 and flip to uint8, from JPEG of 2,000 px, quality 90, each a mosaic of 16 photographs",
+        pictures="large",
+        share=0.25,
     ),
     Workload(
         "eval",

@@ -448,6 +448,14 @@ def test_all_forms_of_a_set_are_the_same_pictures(pictures, tmp_path):
         assert set(dataset.modes.tolist()) == {1}
         np.testing.assert_array_equal(dataset[3]["image"], decoded.image(3))
         np.testing.assert_array_equal(dataset.labels, decoded.labels)
+    large = photos.get("large")
+    with fastload.open(large.beton) as dataset:
+        assert len(dataset) == len(large.labels) == 12 and large.copies == 1
+        assert dataset.heights.tolist() == [1500] * 12 and dataset.widths.tolist() == [2000] * 12
+        first = large.sources.image(0).crop((500, 0, 1000, 375)).resize((50, 37))  # the second of its sixteen
+    with Image.open(photos.encoded[1].path) as image:
+        second = np.asarray(image.convert("RGB").resize((50, 37)), float)
+    assert np.abs(np.asarray(first, float) - second).mean() < 12
     small = photos.get("small")
     assert len(Pixels(small.pixels)) == 240 and Pixels(small.pixels).stacked().shape == (240, 32, 32, 3)
     assert digest(pictures) == before

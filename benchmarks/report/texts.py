@@ -30,6 +30,7 @@ STAGES = {
 WORKLOADS = {
     "train500": "Training crop, 500 px photos",
     "original": "Training crop, photos of original size",
+    "large": "Training crop, photos of 2,000 px",
     "eval": "Evaluation crop",
     "raw": "Raw store",
     "small": "Small images, 32 px",
