@@ -254,7 +254,7 @@ def keep_jpeg(data: Any) -> bytes:
 
 def _check_data(status: int) -> None:
     """CorruptError if a transcoder found damaged data; what it cannot transcode is no damage."""
-    if status in (ks.BAD_CODE, ks.BAD_TABLE, ks.OVERRUN, ks.BAD_RESTART, kp.STRAY):
+    if status in (ks.BAD_CODE, ks.BAD_TABLE, ks.OVERRUN, ks.BAD_RESTART, *kp.REASONS):
         raise CorruptError({**ks.REASONS, **kp.REASONS}[status])
 
 

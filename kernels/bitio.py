@@ -30,7 +30,7 @@ def build_table(counts, symbols, fast, most, first, offset, codes, sizes):
         first[length] = code
         offset[length] = k
         for _ in range(counts[length - 1]):
-            if code >= (1 << length):
+            if code >= (1 << length) - 1:  # no code may be ones only: they fill up bytes
                 return False
             symbol = symbols[k]
             codes[symbol], sizes[symbol] = code, length
@@ -62,6 +62,10 @@ def read_tables(data, at, end, fast, most, first, offset, codes, sizes, symbols,
             total += np.int64(data[at + 1 + i])
         if total > 256 or at + 17 + total > end:
             return False
+        if kind == 0:
+            for i in range(total):
+                if data[at + 17 + i] > 15:  # a size of so many bits there is not
+                    return False
         symbols[t, :total] = data[at + 17 : at + 17 + total]
         if not build_table(
             data[at + 1 : at + 17], symbols[t], fast[t], most[t], first[t], offset[t], codes[t], sizes[t]

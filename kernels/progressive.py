@@ -19,8 +19,11 @@ from fastload.kernels import bitio, jpeg
 from fastload.kernels.jit import kernel
 from fastload.kernels.restart import BAD_CODE, BAD_RESTART, BAD_TABLE, NO_ROOM, OK, OVERRUN, UNSUPPORTED
 
-STRAY = 18
-REASONS = {STRAY: "there are stray bytes between the scans of the JPEG"}
+STRAY, BAD_QUANTISER = 18, 19
+REASONS = {
+    STRAY: "there are stray bytes between the segments of the JPEG",
+    BAD_QUANTISER: "a quantisation table of the JPEG is damaged or missing",
+}
 # Scans that visit each block more often than this are an attack on time: common encoders need about 6.
 MOST_VISITS = 64
 
@@ -72,7 +75,7 @@ def read_coefficients(data, info, grid, coefficients):
     known = np.full((4, 64), -1, np.int64)  # the lowest bit that is known of each coefficient, -1: none
     alone = np.zeros(4, np.uint8)  # its DC values came without those of its padding
     scan = np.zeros(SCAN_SIZE, np.int64)
-    interval, work = np.int64(0), np.int64(0)
+    interval, work, quantisers = np.int64(0), np.int64(0), np.int64(0)
     at, n = np.int64(2), data.size
     while True:
         if at + 2 > n:
@@ -85,8 +88,12 @@ def read_coefficients(data, info, grid, coefficients):
             continue
         if marker == 0xD9:
             break
-        if marker <= 0x01 or 0xD0 <= marker <= 0xD8:
-            return STRAY
+        if (
+            marker < 0xC0
+            or 0xD0 <= marker <= 0xD8
+            or (marker >= 0xDE and marker != 0xFE and marker >> 4 != 0xE)
+        ):
+            return STRAY  # markers without a length, or reserved ones, which decoders refuse
         if at + 4 > n:
             return OVERRUN
         length = (np.int64(data[at + 2]) << 8) | np.int64(data[at + 3])
@@ -104,6 +111,11 @@ def read_coefficients(data, info, grid, coefficients):
             interval = (np.int64(data[at + 4]) << 8) | np.int64(data[at + 5])
         elif marker == 0xDC or (behind and (marker == 0xDB or 0xC0 <= marker <= 0xCF)):
             return UNSUPPORTED  # a height that comes later, other tables for later scans, a second frame
+        elif marker == 0xDB:
+            found = _quantisers(data, at + 4, at + 2 + length)
+            if found < 0:
+                return BAD_QUANTISER
+            quantisers |= found
         at += 2 + length
         if marker == 0xDA:
             status = _read_header(data, at - length, length, info, scan, known, present)
@@ -123,12 +135,28 @@ def read_coefficients(data, info, grid, coefficients):
             if at < 0:
                 return -at
     for c in range(count):
+        number = np.int64(data[info[jpeg.FRAME_AT] + 7 + 3 * c])
+        if number > 3 or not quantisers >> number & 1:
+            return BAD_QUANTISER
         for k in range(64):
             if known[c, k] != 0:
                 return UNSUPPORTED
         if alone[c]:
             _pad(coefficients, grid[c], info[jpeg.MCUS_Y] * grid[c, HIGH])
     return OK
+
+
+@kernel
+def _quantisers(data, at, end):
+    """Bits of the numbers of the tables in the body ``data[at:end]`` of a DQT segment, -1 if it is damaged."""
+    found = np.int64(0)
+    while at < end:
+        precision, number = np.int64(data[at] >> 4), np.int64(data[at] & 15)
+        at += 65 + 64 * precision
+        if precision > 1 or number > 3 or at > end:
+            return np.int64(-1)
+        found |= np.int64(1) << number
+    return found
 
 
 # Places in a scan: number of components, first and last coefficient, the bit known before and after it; then for each component its

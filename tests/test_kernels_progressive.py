@@ -377,6 +377,52 @@ def test_stray_bytes_between_scans_are_refused():
         codecs.keep_jpeg(data[:second] + b"\x12\x34\x56" + data[second:])
 
 
+def test_tables_that_decoders_refuse_are_refused():
+    components = pw.random_components(np.random.default_rng(2), 20, 20, S420)
+    data = pw.write(20, 20, S420, components, script_of(S420))
+    quantiser, dc = data.index(b"\xff\xdb") + 4, data.index(b"\xff\xc4") + 4
+    ac = data.index(b"\xff\xc4", dc) + 4
+    frame = data.index(b"\xff\xc2") + 4
+    for at, value, said in (
+        (quantiser, 1, "quantisation"),  # another number, so that number 0 is missing
+        (quantiser, 4, "quantisation"),
+        (quantiser, 0x10, "quantisation"),  # 16 bits, for which the segment is too short
+        (frame + 8, 3, "quantisation"),
+        (frame + 8, 64, "quantisation"),
+        (dc + 17, 16, "Huffman table"),  # a size that no DC difference has
+        (dc, 0x20, "Huffman table"),
+        (ac + 1, 3, "Huffman table"),  # three codes of one bit
+        (ac + 9, 2, "Huffman table"),  # more than 256 codes
+    ):
+        bad = bytearray(data)
+        bad[at] = value
+        with pytest.raises(ValueError):
+            decode(bytes(bad))
+        with pytest.raises(CorruptError, match=said):
+            codecs.keep_jpeg(bytes(bad))
+
+
+def test_a_code_of_ones_is_none():
+    """Two codes of one bit: T.81 keeps the code of ones free."""
+    segment = b"\xff\xc4" + (2 + 19).to_bytes(2, "big") + b"\x03" + bytes([2] + [0] * 15) + b"\x00\x01"
+    for data in (encode(picture(20, 20)), codecs.encode_jpeg(picture(20, 20))):
+        at = data.index(b"\xff\xc4")
+        with pytest.raises(CorruptError, match="Huffman table"):
+            codecs.keep_jpeg(data[:at] + segment + data[at:])
+
+
+def test_quantisation_tables_of_16_bits_make_no_strict_baseline():
+    components = pw.random_components(np.random.default_rng(2), 20, 30, GREY)
+    data = pw.write(20, 30, GREY, components, script_of(GREY))
+    at = data.index(b"\xff\xdb")
+    wide = b"\xff\xdb\x00\x83\x10" + b"".join(k.to_bytes(2, "big") for k in range(1, 65))
+    data = data[:at] + wide + data[at + 69 :]
+    kept = codecs.keep_jpeg(data)
+    assert b"\xff\xc1\x00\x0b" in kept and b"\xff\xc0\x00\x0b" not in kept
+    assert np.array_equal(decode(kept), decode(data))
+    assert b"\xff\xc0\x00\x0b" in codecs.keep_jpeg(encode(picture(20, 30), "L"))
+
+
 # -- Huffman tables -------------------------------------------------------------------------------------------------
 
 
