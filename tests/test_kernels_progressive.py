@@ -136,6 +136,10 @@ def check(height, width, sampling, script, intervals=(), fill=0, seed=0):
         outside = np.ones(shapes[c], bool)
         outside[:down, :across] = False
         assert not found[c][outside][:, 1:].any()
+        if len(script[0][0]) == 1 and len(sampling) > 1:  # they cost least with the value beside them
+            nearest = found[c][:down, :across, 0]
+            nearest = np.pad(nearest, [(0, n - m) for n, m in zip(shapes[c], nearest.shape)], mode="edge")
+            assert np.array_equal(found[c][..., 0], nearest)
         if interleaved:
             assert np.array_equal(found[c][..., 0], truth[..., 0])
     for exact in (False, True):
@@ -366,6 +370,37 @@ def test_truncated_data_are_refused():
     for cut in (1, 2, 3, 40, (len(data) - first) // 2, len(data) - first - 60):
         with pytest.raises(CorruptError, match=r"end too early|damaged|stray"):
             codecs.keep_jpeg(data[:-cut])
+
+
+def test_a_scan_that_ends_too_early_is_refused():
+    components = pw.random_components(np.random.default_rng(4), 60, 60, GREY)
+    data = pw.write(60, 60, GREY, components, script_of(GREY))
+    for n in range(1, 5):
+        end = -1
+        for _ in range(n):
+            end = data.index(b"\xff\xda", end + 1)
+        end = data.index(b"\xff\xc4", end)  # the tables of the next scan
+        bad = data[: end - 12] + data[end:]
+        with pytest.raises(ValueError):
+            decode(bad)
+        with pytest.raises(CorruptError, match="end too early"):
+            codecs.keep_jpeg(bad)
+
+
+def test_a_run_of_empty_bands_ends_at_a_restart_marker(monkeypatch):
+    """Whatever it claims: so libjpeg-turbo reads it."""
+
+    class Boastful(pw.Scan):
+        def restart(self, number):
+            self.run += 3 * (self.run > 0 and not self.pending)
+            super().restart(number)
+
+    monkeypatch.setattr(pw, "Scan", Boastful)
+    components = pw.random_components(np.random.default_rng(5), 40, 64, GREY)
+    data = pw.write(40, 64, GREY, components, script_of(GREY), [2] * 9)
+    status, coefficients, _ = read(data)
+    assert status == restart.OK and np.array_equal(coefficients.reshape(5, 8, 64), components[0])
+    assert np.array_equal(decode(codecs.keep_jpeg(data)), decode(data))
 
 
 def test_stray_bytes_between_scans_are_refused():
