@@ -15,6 +15,7 @@ import numpy as np
 from fastload.kernels import bitio, jpeg
 from fastload.kernels import progressive as kp
 from fastload.kernels.jit import kernel
+from fastload.kernels.memory import inlined
 from fastload.kernels.restart import NO_ROOM, OK, OVERRUN, TOO_LONG, UNSUPPORTED
 
 TABLES = 4  # DC and AC of the first component, DC and AC of the others
@@ -70,7 +71,7 @@ def transcode(data: np.ndarray, info: np.ndarray, interval: int) -> Transcoded:
     return Transcoded(OK, b"\xff\xc4" + (2 + len(body)).to_bytes(2, "big") + body, out[:size], lengths)
 
 
-@kernel
+@inlined
 def _bit_length(value):
     magnitude, size = abs(value), np.int64(0)
     while magnitude >> size:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastload.kernels.jit import kernel
+from fastload.kernels.memory import inlined
 
 FAST = 11  # bits that the first table look-up covers: nearly all codes of photographs
 
@@ -141,7 +142,7 @@ def finish(out, to, acc, held):
     return to
 
 
-@kernel
+@inlined
 def next_symbol(bits, fast, most, first, offset, symbols):
     """Length << 8 | symbol of the code at the top of ``bits``, 0 if there is none; the arrays are those of one table."""
     entry = np.int64(fast[np.int64(bits >> np.uint64(64 - FAST))])
@@ -154,13 +155,13 @@ def next_symbol(bits, fast, most, first, offset, symbols):
     return np.int64(0)
 
 
-@kernel
+@inlined
 def peek(bits, size):
     """The next ``size`` (0 to 63) bits as a number."""
     return np.int64((bits >> np.uint64(1)) >> np.uint64(63 - size))
 
 
-@kernel
+@inlined
 def extend(value, size):
     """The signed number that ``size`` bits of a JPEG stand for."""
     return value if size == 0 or value >> (size - 1) else value - (1 << size) + 1

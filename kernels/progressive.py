@@ -17,6 +17,7 @@ import numpy as np
 
 from fastload.kernels import bitio, jpeg
 from fastload.kernels.jit import kernel
+from fastload.kernels.memory import part
 from fastload.kernels.restart import BAD_CODE, BAD_RESTART, BAD_TABLE, NO_ROOM, OK, OVERRUN, UNSUPPORTED
 
 STRAY, BAD_QUANTISER = 18, 19
@@ -146,7 +147,7 @@ def read_coefficients(data, info, grid, coefficients):
     return OK
 
 
-@kernel
+@part
 def _quantisers(data, at, end):
     """Bits of the numbers of the tables in the body ``data[at:end]`` of a DQT segment, -1 if it is damaged."""
     found = np.int64(0)
@@ -165,7 +166,7 @@ COUNT, FIRST, LAST, BEFORE, AFTER, COMPONENT, DC_TABLE, AC_TABLE = 0, 1, 2, 3, 4
 SCAN_SIZE = 17
 
 
-@kernel
+@part
 def _read_header(data, at, length, info, scan, known, present):
     """Fill ``scan`` from the scan header whose length bytes end at ``at + 2``; ``known`` is brought up to date."""
     body = at + 2
@@ -203,7 +204,7 @@ def _read_header(data, at, length, info, scan, known, present):
     return OK
 
 
-@kernel
+@part
 def _read_scan(data, at, info, interval, grid, scan, fast, most, first, offset, symbols, coefficients):
     """Decode one scan whose data begin at ``at``; returns the place behind them, or minus what is wrong."""
     n = data.size
@@ -216,6 +217,9 @@ def _read_scan(data, at, info, interval, grid, scan, fast, most, first, offset, 
     bits, have, spare = np.uint64(0), np.int64(0), np.int64(0)
     run = np.int64(0)  # blocks whose band has ended, this one included
     dc = np.zeros(4, np.int64)
+    # AC scans have one component and so one table. Views of it are made once: each costs as much as a symbol.
+    t = scan[AC_TABLE]
+    ac_fast, ac_most, ac_first, ac_offset, ac_symbols = fast[t], most[t], first[t], offset[t], symbols[t]
     for mcu in range(across * down):
         if interval > 0 and mcu > 0 and mcu % interval == 0:
             if have - spare >= 8:
@@ -259,16 +263,14 @@ def _read_scan(data, at, info, interval, grid, scan, fast, most, first, offset, 
                     if run > 0:
                         run -= 1
                         continue
-                    t = scan[AC_TABLE + i]
                     at, bits, have, spare, run = _band(
                         data, at, bits, have, spare, start, last, low,
-                        fast[t], most[t], first[t], offset[t], symbols[t], coefficients[b],
+                        ac_fast, ac_most, ac_first, ac_offset, ac_symbols, coefficients, b,
                     )  # fmt: skip
                 else:
-                    t = scan[AC_TABLE + i]
                     at, bits, have, spare, run = _refine_band(
                         data, at, bits, have, spare, run, start, last, one,
-                        fast[t], most[t], first[t], offset[t], symbols[t], coefficients[b],
+                        ac_fast, ac_most, ac_first, ac_offset, ac_symbols, coefficients, b,
                     )  # fmt: skip
                 if run < 0:
                     return run
@@ -277,8 +279,8 @@ def _read_scan(data, at, info, interval, grid, scan, fast, most, first, offset, 
     return at if have - spare < 8 else np.int64(-STRAY)
 
 
-@kernel
-def _band(data, at, bits, have, spare, k, last, low, fast, most, first, offset, symbols, block):
+@part
+def _band(data, at, bits, have, spare, k, last, low, fast, most, first, offset, symbols, coefficients, b):
     """First bits of coefficients ``k`` to ``last`` of one block; the last value returned is how many blocks after this one have an
     empty band, or minus what is wrong."""
     while k <= last:
@@ -302,13 +304,15 @@ def _band(data, at, bits, have, spare, k, last, low, fast, most, first, offset, 
                 return at, bits, have, spare, np.int64(-BAD_CODE)
             if abs(value) > 32767 >> low:
                 return at, bits, have, spare, np.int64(-UNSUPPORTED)
-            block[k] = value * (1 << low)
+            coefficients[b, k] = value * (1 << low)
         k += 1
     return at, bits, have, spare, np.int64(0)
 
 
-@kernel
-def _refine_band(data, at, bits, have, spare, run, k, last, one, fast, most, first, offset, symbols, block):
+@part
+def _refine_band(
+    data, at, bits, have, spare, run, k, last, one, fast, most, first, offset, symbols, coefficients, b
+):
     """One more bit, of value ``one``, for coefficients ``k`` to ``last`` of one block, of which ``run`` says whether it holds new
     ones; the last value returned is the run for the next block, or minus what is wrong."""
     while k <= last:
@@ -335,7 +339,7 @@ def _refine_band(data, at, bits, have, spare, run, k, last, one, fast, most, fir
                 zeros = np.int64(64)
         # Up to the place of the new value: a bit for each coefficient that is not 0, and as many zeros as the symbol says.
         while k <= last:
-            old = np.int64(block[k])
+            old = np.int64(coefficients[b, k])
             if old == 0:
                 if zeros == 0:
                     break
@@ -344,19 +348,19 @@ def _refine_band(data, at, bits, have, spare, run, k, last, one, fast, most, fir
                 if have < 1:
                     at, bits, have, spare = bitio.refill(data, at, bits, have, spare)
                 if bits >> np.uint64(63) and old & one == 0:
-                    block[k] = old + (one if old > 0 else -one)
+                    coefficients[b, k] = old + (one if old > 0 else -one)
                 bits <<= np.uint64(1)
                 have -= 1
             k += 1
         if value != 0:
             if k > last:
                 return at, bits, have, spare, np.int64(-BAD_CODE)
-            block[k] = value
+            coefficients[b, k] = value
         k += 1
     return at, bits, have, spare, run - 1 if run > 0 else run
 
 
-@kernel
+@part
 def _pad(coefficients, row, down):
     """Give blocks that only fill up MCUs the DC value beside them (above them): it costs least, and is never seen."""
     for y in range(down):
