@@ -21,7 +21,9 @@ import numpy as np
 import simplejpeg
 
 from fastload.errors import CorruptError, UsageError
+from fastload.kernels import baseline as kb
 from fastload.kernels import jpeg as kj
+from fastload.kernels import progressive as kp
 from fastload.kernels import resize as kr
 from fastload.kernels import restart as ks
 
@@ -41,6 +43,7 @@ _DAMAGE = (
     struct.error,
     zlib.error,
 )
+_DHT, _DQT, _DRI = 0xC4, 0xDB, 0xDD
 _ONE_AT_A_TIME = (
     threading.Lock()
 )  # threads that catch warnings side by side leave the filters of one another behind
@@ -48,7 +51,7 @@ _ONE_AT_A_TIME = (
 
 @dataclass(frozen=True)
 class Probe:
-    """What a header says: format name, size after EXIF orientation, and whether the bytes can be stored as they are."""
+    """What a header says: format name, size after EXIF orientation, and whether its coefficients can be stored as they are."""
 
     format: str
     width: int
@@ -60,6 +63,12 @@ class Probe:
 def as_bytes(data: Any) -> np.ndarray:
     """Any bytes-like object as a (n,) uint8 array without copying."""
     return np.frombuffer(memoryview(data).cast("B"), np.uint8)
+
+
+def is_baseline(data: Any) -> bool:
+    """Whether ``data`` is a baseline (or extended sequential) JPEG of 8 bits, which can be kept with restart markers."""
+    info, status = kj.parse(as_bytes(data))
+    return status == kj.OK and int(info[kj.FRAME]) in (0xC0, 0xC1) and int(info[kj.PRECISION]) == 8
 
 
 def is_jpeg(data: Any) -> bool:
@@ -89,11 +98,11 @@ def probe(data: Any) -> Probe:
 
 
 def _keepable(info: np.ndarray) -> bool:
-    """Baseline, 8 bit, one interleaved scan, grey or YCbCr: what every decoder shows as the same RGB."""
+    """Baseline in one interleaved scan, or progressive; 8 bit, grey or YCbCr: what every decoder shows as the same RGB."""
     components = int(info[kj.COMPONENTS])
-    if info[kj.FRAME] not in (0xC0, 0xC1) or info[kj.PRECISION] != 8 or components not in (1, 3):
+    if info[kj.FRAME] not in (0xC0, 0xC1, 0xC2) or info[kj.PRECISION] != 8 or components not in (1, 3):
         return False
-    if info[kj.SCAN_COMPONENTS] != components:
+    if info[kj.SCAN_COMPONENTS] != components and info[kj.FRAME] != 0xC2:
         return False
     if components == 1:
         return True
@@ -186,7 +195,7 @@ def encode_jpeg(rgb: np.ndarray, quality: int = 90) -> bytes:
     if status != kj.OK or not interval or not kj.measure_segments(array, int(info[kj.SCAN_AT]), lengths):
         return keep_jpeg(array)
     scan = int(info[kj.SCAN_AT])
-    head = _stripped_header(array, info, drop_restarts=True)
+    head = _stripped_header(array, info, (_DRI,))
     return _with_index(lengths, head, interval, array[int(info[kj.SCAN_HEADER_AT]) : scan], array[scan:])
 
 
@@ -211,37 +220,61 @@ def _with_index(
 def keep_jpeg(data: Any) -> bytes:
     """The same picture, coefficient for coefficient: metadata stripped, restart markers and their index added.
 
-    Where markers cannot be added (not a baseline JPEG, segments too long for the index) the stripped original comes
-    back. Raises CorruptError if the entropy-coded data are damaged, which copying the bytes would have hidden.
+    A progressive JPEG becomes a baseline one. Where markers cannot be added (another kind of JPEG, an incomplete progressive one,
+    segments too long for the index) the stripped original comes back. Raises CorruptError if the entropy-coded data are
+    damaged, which copying the bytes would have hidden.
     """
     array = as_bytes(data)
     info, status = kj.parse(array)
     if status != kj.OK:
         raise CorruptError(kj.REASONS[status])
     interval = kj.choose_interval(int(info[kj.MCUS_X]), int(info[kj.MCUS_Y]), int(info[kj.MCU_W]))
-    head = _stripped_header(array, info, drop_restarts=interval > 0)
-    scan = int(info[kj.SCAN_AT])
-    if interval:
+    scan_at, scan = int(info[kj.SCAN_HEADER_AT]), int(info[kj.SCAN_AT])
+    if interval and info[kj.FRAME] == 0xC2:
+        _check_pixels(int(info[kj.HEIGHT]), int(info[kj.WIDTH]))
+        made = kb.transcode(array, info, interval)
+        _check_data(made.status)
+        if made.status == ks.OK:
+            head = _stripped_header(array, info, (_DRI, _DHT), baseline=True) + made.tables
+            return _with_index(made.lengths, head, interval, _scan_header(info), made.entropy_coded)
+    elif interval:
         segments = int(info[kj.MCUS_X]) // interval * int(info[kj.MCUS_Y])
         out = np.empty(array.size - scan + array.size // 4 + 16 * segments + 4096, np.uint8)
         lengths, result = np.zeros(segments, np.int64), np.zeros(2, np.int64)
         status = int(ks.add_restarts(array, info, interval, out, lengths, result))
+        _check_data(status)
         if status == ks.OK:
             size, replaced = int(result[0]), int(result[1])
+            head = _stripped_header(array, info, (_DRI,))
             if replaced:
                 head += ks.standard_dc_segment(replaced)
-            return _with_index(
-                lengths, head, interval, array[int(info[kj.SCAN_HEADER_AT]) : scan], out[:size]
-            )
-        if status in (ks.BAD_CODE, ks.BAD_TABLE, ks.OVERRUN, ks.BAD_RESTART):
-            raise CorruptError(ks.REASONS[status])
-    head = _stripped_header(array, info, drop_restarts=False)
-    return b"\xff\xd8" + head + array[int(info[kj.SCAN_HEADER_AT]) :].tobytes()
+            return _with_index(lengths, head, interval, array[scan_at:scan], out[:size])
+    return b"\xff\xd8" + _stripped_header(array, info) + array[scan_at:].tobytes()
 
 
-def _stripped_header(array: np.ndarray, info: np.ndarray, drop_restarts: bool) -> bytes:
-    """The segments between SOI and SOS that decoding needs; the Adobe segment stays, since it names the colour space."""
+def _check_data(status: int) -> None:
+    """CorruptError if a transcoder found damaged data; what it cannot transcode is no damage."""
+    if status in (ks.BAD_CODE, ks.BAD_TABLE, ks.OVERRUN, ks.BAD_RESTART, *kp.REASONS):
+        raise CorruptError({**ks.REASONS, **kp.REASONS}[status])
+
+
+def _scan_header(info: np.ndarray) -> np.ndarray:
+    """SOS of one scan of everything: the first component takes tables 0, the others tables 1."""
+    count = int(info[kj.COMPONENTS])
+    ids = (int(i) for i in info[kj.IDS : kj.IDS + count])
+    tables = b"".join(bytes((id, 0x11 if number else 0)) for number, id in enumerate(ids))
+    return as_bytes(b"\xff\xda\x00" + bytes((6 + 2 * count, count)) + tables + b"\x00\x3f\x00")
+
+
+def _stripped_header(
+    array: np.ndarray, info: np.ndarray, without: tuple[int, ...] = (), baseline: bool = False
+) -> bytes:
+    """The segments between SOI and SOS that decoding needs, but for those of the markers ``without``.
+
+    The Adobe segment stays, since it names the colour space. ``baseline`` renames a progressive frame.
+    """
     parts, at, end = [], int(info[kj.TABLES_AT]), int(info[kj.SCAN_HEADER_AT])
+    precise = False
     while at < end:
         marker = int(array[at + 1])
         if marker == 0xFF:
@@ -249,10 +282,25 @@ def _stripped_header(array: np.ndarray, info: np.ndarray, drop_restarts: bool) -
             continue
         length = 2 + int.from_bytes(array[at + 2 : at + 4].tobytes(), "big")
         application = 0xE0 <= marker <= 0xEF and marker not in (0xE0, 0xEE)
-        if not application and marker != 0xFE and not (drop_restarts and marker == 0xDD):
+        if not application and marker != 0xFE and marker not in without:
             parts.append(array[at : at + length].tobytes())
+            precise |= marker == _DQT and _has_precise_table(parts[-1][4:])
         at += length
+    if baseline:
+        # Baseline in the strict sense has quantisation tables of 8 bits; those of 16 bits are "extended sequential".
+        name = b"\xff\xc1" if precise else b"\xff\xc0"
+        parts = [name + part[2:] if part[1] == 0xC2 else part for part in parts]
     return b"".join(parts)
+
+
+def _has_precise_table(body: bytes) -> bool:
+    """Whether the body of a DQT segment has a table of 16 bits."""
+    at = 0
+    while at < len(body):
+        if body[at] >> 4:
+            return True
+        at += 65
+    return False
 
 
 def resize(rgb: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """One image of a source as it goes into the file: kept as it is, decoded, cropped, shrunk, encoded.
 
-The cheapest way that loses nothing is taken first: a baseline JPEG that needs no change keeps its coefficients. Where an image is
+The cheapest way that loses nothing is taken first: a baseline or progressive JPEG that needs no change keeps its coefficients. Where an image is
 shrunk to less than half, the JPEG decoder does a part of the work (DCT scaling), never below twice the final size, so that the
 antialiased resize still decides how the result looks.
 
@@ -40,7 +40,7 @@ class ImageOptions:
 
     ``max_side`` / ``short_side``: the longer / shorter side is at most this many pixels (never enlarged). ``store``: ``jpeg``, ``raw``
     (H, W, 3 bytes), or ``auto``: raw where it takes at most 4,096 bytes or at most twice the bytes of the JPEG, which decodes faster for
-    small images, else jpeg. ``reencode``: ``auto`` keeps an original baseline JPEG that needs no change, ``always`` decodes and encodes
+    small images, else jpeg. ``reencode``: ``auto`` keeps the coefficients of a JPEG that needs no change, ``always`` decodes and encodes
     every image, ``never`` refuses to lose anything: what cannot be kept is stored raw (``store`` auto) or is an error (jpeg).
     ``crop_format``: ``xyxy`` (x0, y0, x1, y1 in pixels), ``xywh`` (x, y, width, height in pixels) or ``rel`` (x0, y0, x1, y1 from 0 to
     1), all in the image as it is displayed, with its EXIF orientation applied. ``crop_margin``: fraction of the box's width and height
@@ -139,9 +139,11 @@ def store_image(payload: Payload, options: ImageOptions, box: Box | None = None)
     untouched = window is None and final == size
     if untouched and probe.keepable and options.store != "raw" and options.reencode != "always":
         kept = codecs.keep_jpeg(payload)
-        if options.store == "auto" and _raw_is_better(final, len(kept)):
-            return _raw(codecs.load_rgb(payload))
-        return Stored(EncodedImage("jpeg", height, width, kept), "kept")
+        # A progressive JPEG that is no baseline one now is incomplete or odd: decoders may show it in different ways.
+        if codecs.is_baseline(kept):
+            if options.store == "auto" and _raw_is_better(final, len(kept)):
+                return _raw(codecs.load_rgb(payload))
+            return Stored(EncodedImage("jpeg", height, width, kept), "kept")
     if options.reencode == "never" and (options.store == "jpeg" or window is not None):
         why = "it must be cropped" if window is not None else f"it is {_what(probe)}"
         raise DataError(f"reencode never cannot keep it: {why}; use auto")
@@ -235,4 +237,8 @@ def _check_sides(size: tuple[int, int]) -> None:
 def _what(probe: codecs.Probe) -> str:
     if probe.format.upper() != "JPEG":
         return f"a {probe.format} image"
-    return "rotated by its EXIF data" if probe.orientation != 1 else "no baseline JPEG of 8 bits"
+    return (
+        "rotated by its EXIF data"
+        if probe.orientation != 1
+        else "a JPEG of a kind that cannot be kept (such as CMYK, 12 bits, arithmetic coding or an incomplete progressive one)"
+    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastload.kernels import jpeg
+from fastload.kernels import bitio, jpeg
 from fastload.kernels.jit import kernel
 
 OK, BAD_TABLE, BAD_CODE, OVERRUN, BAD_RESTART, NO_ROOM, TOO_LONG, UNSUPPORTED = 0, 11, 12, 13, 14, 15, 16, 17
@@ -23,35 +23,10 @@ REASONS = {
     TOO_LONG: "a restart segment is longer than 65,535 bytes",
     UNSUPPORTED: "the JPEG is not a plain baseline JPEG",
 }
-_FAST = 11  # bits that the first table look-up covers: nearly all codes of photographs
+_FAST = bitio.FAST
 
 # Standard luminance DC table (ITU-T T.81, K.3): counts of codes of each length, symbols 0 to 11 in order.
 _STANDARD_DC = np.array([0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0], np.uint8)
-
-
-@kernel
-def _build(counts, symbols, fast, most, first, offset, codes, sizes):
-    """Decoding and encoding tables of one Huffman table; False if it is no prefix code."""
-    fast[:] = 0
-    sizes[:] = 0
-    code = 0
-    k = 0
-    for length in range(1, 17):
-        first[length] = code
-        offset[length] = k
-        for _ in range(counts[length - 1]):
-            if code >= (1 << length):
-                return False
-            symbol = symbols[k]
-            codes[symbol], sizes[symbol] = code, length
-            if length <= _FAST:
-                for i in range(1 << (_FAST - length)):
-                    fast[(code << (_FAST - length)) | i] = (length << 8) | symbol
-            code += 1
-            k += 1
-        most[length] = code - 1 if counts[length - 1] else -1
-        code <<= 1
-    return True
 
 
 @kernel
@@ -63,34 +38,10 @@ def _tables(data, info, fast, most, first, offset, codes, sizes, symbols, presen
             at += 1
             continue
         length = (np.int64(data[at + 2]) << 8) | np.int64(data[at + 3])
-        if data[at + 1] == 0xC4:
-            p, end = at + 4, at + 2 + length
-            while p < end:
-                if p + 17 > end:
-                    return BAD_TABLE
-                kind, number = data[p] >> 4, data[p] & 15
-                if kind > 1 or number > 3:
-                    return BAD_TABLE
-                t = kind * 4 + number
-                total = 0
-                for i in range(16):
-                    total += np.int64(data[p + 1 + i])
-                if total > 256 or p + 17 + total > end:
-                    return BAD_TABLE
-                symbols[t, :total] = data[p + 17 : p + 17 + total]
-                if not _build(
-                    data[p + 1 : p + 17],
-                    symbols[t],
-                    fast[t],
-                    most[t],
-                    first[t],
-                    offset[t],
-                    codes[t],
-                    sizes[t],
-                ):
-                    return BAD_TABLE
-                present[t] = 1
-                p += 17 + total
+        if data[at + 1] == 0xC4 and not bitio.read_tables(
+            data, at + 4, at + 2 + length, fast, most, first, offset, codes, sizes, symbols, present
+        ):
+            return BAD_TABLE
         at += 2 + length
     return OK
 
@@ -186,7 +137,7 @@ def add_restarts(data, info, interval, out, lengths, result):
             bits, have, spare = np.uint64(0), np.int64(0), np.int64(0)
             old_dc[:] = 0
         if mcu > 0 and mcu % interval == 0:
-            to = _finish(out, to, acc, held)
+            to = bitio.finish(out, to, acc, held)
             acc, held = np.uint64(0), np.int64(0)
             out[to], out[to + 1] = 0xFF, 0xD0 + (segment & 7)
             to += 2
@@ -202,7 +153,7 @@ def add_restarts(data, info, interval, out, lengths, result):
             k = np.int64(0)
             while k < 64:
                 if have < 32:
-                    at, bits, have, spare = _refill(data, at, bits, have, spare)
+                    at, bits, have, spare = bitio.refill(data, at, bits, have, spare)
                 t = dc_table[b] if k == 0 else ac_table[b]
                 entry = np.int64(lookup[np.uint64(t << _FAST) | (bits >> np.uint64(64 - _FAST))])
                 if entry:
@@ -256,10 +207,10 @@ def add_restarts(data, info, interval, out, lengths, result):
                 held += width
                 if held >= 32:
                     held -= 32
-                    to = _emit(out, to, np.uint32(acc >> np.uint64(held)))
+                    to = bitio.emit(out, to, np.uint32(acc >> np.uint64(held)))
             if spare > have:
                 return OVERRUN
-    to = _finish(out, to, acc, held)
+    to = bitio.finish(out, to, acc, held)
     out[to], out[to + 1] = 0xFF, 0xD9
     to += 2
     if to - began > 65535:
@@ -267,67 +218,6 @@ def add_restarts(data, info, interval, out, lengths, result):
     lengths[segment] = to - began
     result[0], result[1] = to, replace
     return OK
-
-
-@kernel
-def _refill(data, at, bits, have, spare):
-    """At least 32 unread bits; stuffing removed, zeros behind the end or in front of a marker."""
-    if at + 4 <= data.size:
-        word = (
-            (np.uint32(data[at]) << np.uint32(24))
-            | (np.uint32(data[at + 1]) << np.uint32(16))
-            | (np.uint32(data[at + 2]) << np.uint32(8))
-            | np.uint32(data[at + 3])
-        )
-        # No byte is 0xFF: no byte of the complement is zero.
-        flipped = ~np.uint32(word)
-        if (np.uint32(flipped - np.uint32(0x01010101)) & np.uint32(word) & np.uint32(0x80808080)) == 0:
-            return at + 4, bits | (np.uint64(word) << np.uint64(32 - have)), have + 32, spare
-    while have < 32:
-        if at < data.size and (data[at] != 0xFF or (at + 1 < data.size and data[at + 1] == 0)):
-            bits |= np.uint64(data[at]) << np.uint64(56 - have)
-            at += 2 if data[at] == 0xFF else 1
-        else:
-            spare += 8
-        have += 8
-    return at, bits, have, spare
-
-
-@kernel
-def _emit(out, to, word):
-    """Write four bytes, with a zero behind each 0xFF."""
-    flipped = ~np.uint32(word)
-    if (np.uint32(flipped - np.uint32(0x01010101)) & np.uint32(word) & np.uint32(0x80808080)) == 0:
-        out[to] = np.uint8(word >> np.uint32(24))
-        out[to + 1] = np.uint8(word >> np.uint32(16))
-        out[to + 2] = np.uint8(word >> np.uint32(8))
-        out[to + 3] = np.uint8(word)
-        return to + 4
-    for shift in (24, 16, 8, 0):
-        byte = np.uint8(word >> np.uint32(shift))
-        out[to] = byte
-        to += 1
-        if byte == 0xFF:
-            out[to] = 0
-            to += 1
-    return to
-
-
-@kernel
-def _finish(out, to, acc, held):
-    """Write what is held, the last byte padded with ones."""
-    pad = np.int64((8 - held % 8) % 8)
-    acc = (acc << np.uint64(pad)) | ((np.uint64(1) << np.uint64(pad)) - np.uint64(1))
-    held += pad
-    while held > 0:
-        held -= 8
-        byte = np.uint8((acc >> np.uint64(held)) & np.uint64(255))
-        out[to] = byte
-        to += 1
-        if byte == 0xFF:
-            out[to] = 0
-            to += 1
-    return to
 
 
 def standard_dc_segment(mask: int) -> bytes:

@@ -173,7 +173,7 @@ def test_exif_orientation_as_pillow_turns_it(rgb, kind, orientation):
     assert difference(codecs.load_rgb(data), truth).max() <= 1
     probe = codecs.probe(data)
     assert (probe.height, probe.width) == truth.shape[:2] and probe.orientation == orientation
-    assert probe.keepable == (kind == "JPEG" and orientation == 1)
+    assert probe.keepable == (kind in ("JPEG", "progressive") and orientation == 1)
 
 
 @pytest.mark.parametrize("tag", [b"II*\0", b"MM\0*"])
@@ -220,9 +220,11 @@ def test_which_jpeg_can_be_kept(rgb):
     for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
         assert keepable(save(rgb, "JPEG", subsampling=subsampling))
     assert keepable(codecs.encode_jpeg(rgb)) and keepable(save(rgb, "JPEG", restart_marker_blocks=3))
-    assert not keepable(save(rgb, "JPEG", progressive=True))
+    assert keepable(save(rgb, "JPEG", progressive=True))
     assert not keepable(save(rgb, "JPEG", keep_rgb=True))
     assert not keepable(save(Image.fromarray(rgb).convert("CMYK"), "JPEG"))
+    assert not keepable(save(Image.fromarray(rgb).convert("CMYK"), "JPEG", progressive=True))
+    assert not keepable(save(rgb, "JPEG", keep_rgb=True, progressive=True))
     assert not keepable(save(rgb, "PNG"))
 
 

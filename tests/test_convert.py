@@ -163,10 +163,15 @@ def test_never_reencode_keeps_what_is_no_jpeg_raw_or_refuses_it() -> None:
     assert store_image(png, ImageOptions(reencode="never")).image.mode == "raw"
     with pytest.raises(DataError, match="a PNG image"):
         store_image(png, ImageOptions(reencode="never", store="jpeg"))
-    progressive = encoded(picture(), progressive=True)
-    with pytest.raises(DataError, match="no baseline JPEG"):
-        store_image(progressive, ImageOptions(reencode="never", store="jpeg"))
-    assert store_image(progressive, ImageOptions(store="jpeg")).how == "encoded"
+    cmyk = encoded(picture().convert("CMYK"))
+    with pytest.raises(DataError, match="cannot be kept"):
+        store_image(cmyk, ImageOptions(reencode="never", store="jpeg"))
+    assert store_image(cmyk, ImageOptions(store="jpeg")).how == "encoded"
+    for options in ({"reencode": "never"}, {}):
+        assert (
+            store_image(encoded(picture(), progressive=True), ImageOptions(store="jpeg", **options)).how
+            == "kept"
+        )
 
 
 @pytest.mark.parametrize("size", [(640, 480), (481, 333), (37, 1000)])

@@ -139,12 +139,6 @@ def test_metadata_goes_and_the_colour_space_stays():
     )
 
 
-def test_progressive_is_not_keepable_and_comes_back_without_markers():
-    data = encode(picture(50, 50), progressive=True)
-    assert not codecs.probe(data).keepable
-    assert np.array_equal(decode(codecs.keep_jpeg(data)), decode(data))
-
-
 @pytest.mark.parametrize(
     ("mcus", "mcu"), [(1, 16), (7, 16), (13, 16), (31, 16), (32, 16), (24, 16), (63, 8), (4096, 16)]
 )

@@ -68,6 +68,8 @@ LAYERS = {
     "loader": 5,
     "plan": 6,  # measures what a conversion would give with the real loader
     "summary": 6,
+    "parity": 6,
+    "parity_model": 6,
     "train": 6,
     "benchmarks": 6,
     "demo": 7,

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "What is in a .beton file: fields, sizes, classes, storage.",
     "verify": "Check every checksum and decode every image.",
     "preview": "A PNG contact sheet, with or without augmentation.",
+    "parity": "How far our pixels are from Pillow's and torchvision's, on your own images.",
     "bench": "Is the loader or the model the bottleneck?",
     "train": "Train a timm model.",
     "predict": "Class probabilities of a trained run, as CSV.",
