@@ -320,6 +320,8 @@ def _tune(top: _Node) -> Tune:
 
 
 def _model(top: _Node) -> Model:
+    from fastload.benchmarks.model_table import sentence as of_figures
+
     rows = []
     for item in top.nodes("rows"):
         model = item.text("model")
@@ -332,6 +334,7 @@ def _model(top: _Node) -> Model:
             )
             for v in item.nodes("variants")
         )
+        sentence, doubt = _said(item, "sentence", of_figures)
         rows.append(
             ModelRow(
                 model=model,
@@ -341,6 +344,8 @@ def _model(top: _Node) -> Model:
                 best=item.text("best", ""),
                 loader_needs=item.maybe("loader_needs_images_s"),
                 failed=_failures(item, "failed", "name"),
+                sentence=sentence,
+                doubt=doubt,
             )
         )
     return Model(tuple(rows))

@@ -150,6 +150,9 @@ class ModelRow:
     best: str
     loader_needs: float | None
     failed: tuple[Failed, ...]
+    sentence: str
+    doubt: str
+    """As in :class:`Bench`."""
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,14 @@ LIMITS = {
 SHARES = {"memory": "memory bandwidth", "decoder": "JPEG decoder", "model": "matrix products"}
 
 
+def share_name(key: str, share: float) -> str:
+    """A limit beside the share of it that was reached; more than the whole decoder is explained."""
+    name = SHARES.get(key, key)
+    if key == "decoder" and share > 1:
+        return f"{name} (of whole images: the loader decodes only what a crop needs)"
+    return name
+
+
 def number(value: float) -> str:
     """Three significant digits or all before the point, with commas: what a person compares."""
     size = abs(value)
