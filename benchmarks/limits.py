@@ -39,6 +39,13 @@ UNITS = {
     "decoder_images_s": "images/s",
     "model_tflops": "TFLOP/s",
 }
+# The same for sentences, which show one decimal: name, factor, unit.
+WORDS = {
+    "memory_gb_s": ("memory", 1, "GB/s"),
+    "copy_gb_s": ("copies to the device", 1, "GB/s"),
+    "decoder_images_s": ("the decoder", 1, "images/s"),
+    "model_tflops": ("matrix products", 1000, "GFLOP/s"),
+}
 # Each of the two copied buffers: this many times the last caches, within these bytes.
 CACHES, LEAST_BUFFER, MOST_BUFFER = 2, 128 << 20, 2 << 30
 COPIED = 64 << 20  # bytes that are copied to a device at once
@@ -107,9 +114,11 @@ def shares(
 
 def noisy(limits: Mapping[str, Any]) -> list[Series]:
     """The ceilings with their rounds, for the sentence about noise."""
-    return [
-        Series(f"ceiling {name}", tuple(one["rounds"]), one["unit"]) for name, one in limits["rounds"].items()
-    ]
+    found = []
+    for name, one in limits["rounds"].items():
+        what, scale, unit = WORDS[name]
+        found.append(Series(f"limit of {what}", tuple(scale * value for value in one["rounds"]), unit))
+    return found
 
 
 class _Job:

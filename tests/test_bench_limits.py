@@ -18,7 +18,7 @@ from fastload import beton
 from fastload.benchmarks import limits, verdict
 from fastload.benchmarks.bench import bench
 from fastload.benchmarks.bench_table import table
-from fastload.benchmarks.harness import write_jsonl
+from fastload.benchmarks.harness import noise_notes, write_jsonl
 from fastload.benchmarks.options import BenchOptions
 from fastload.benchmarks.report import load
 from fastload.benchmarks.side import Labels, ModelSide
@@ -158,6 +158,12 @@ def test_shares_are_arithmetic() -> None:
     ceilings = {"memory_gb_s": 3.0, "decoder_images_s": 150.0, "model_tflops": 0.8, "model_gflop": 4.0}
     found = limits.shares(ceilings, 300.0, 50.0, [{"bytes": 200_000}, {"bytes": 300_000}])
     assert found == {"memory": 0.1, "decoder": 2.0, "model": 0.25}
+
+
+def test_a_noisy_ceiling_is_said_in_words() -> None:
+    rounds = {"model_tflops": {"unit": "TFLOP/s", "rounds": [0.02, 0.03, 0.04, 0.03, 0.03]}}
+    (note,) = noise_notes(limits.noisy({"rounds": rounds}))
+    assert note.startswith("limit of matrix products: rounds differ by ±33% (20.0 to 40.0 GFLOP/s)")
 
 
 def test_the_caches_of_this_machine_are_found() -> None:
