@@ -1,8 +1,8 @@
 """A training step recorded as CUDA graphs: one launch for the forward pass and one for the backward pass.
 
 A model of many small kernels keeps a GPU waiting for Python, and a replayed graph needs no Python. Only the model is recorded;
-the loss, clipping and the optimizer stay as the trainer has them. The trade-off: a graph holds the memory of its pass for ever and
-knows one shape, so every batch must have that of the recorded one.
+the loss, clipping and the optimizer stay as the trainer has them. The trade-off: a graph holds the memory of its pass for ever
+and knows one shape, so every batch must have that of the recorded one.
 
 >>> step = make_step(Config(model="resnet18"), 10, "cuda"); record_graph(step, images); step(images, labels)
 """

@@ -64,8 +64,8 @@ def measure(
 ) -> dict[str, Any]:
     """Ceilings as a record has them: the median of each by its name of :data:`UNITS`, and all rounds under ``rounds``.
 
-    ``threads``: of the loader, which the decoder gets too; memory is copied by all cores. ``size``: side of the model's images in
-    pixels. ``model_gflop``: floating point operations of one image's training step, in 1e9. What cannot be measured here is None:
+    ``threads``: of the loader, which the decoder gets too; memory is copied by all cores. ``size``: side of the model's images,
+    in pixels. ``model_gflop``: floating point operations of one image's training step, in 1e9. What cannot be measured here is None:
     the decoder of a raw store, the model where there is none.
     """
     until = time.perf_counter() + seconds
@@ -96,8 +96,8 @@ def shares(
 ) -> dict[str, float]:
     """The share of each ceiling that was reached, by ``memory``, ``decoder`` and ``model``; those that are known.
 
-    ``loader`` and ``model`` are images/s of each alone. Memory is an upper bound: it takes every stage to read and to write as many
-    bytes as the larger of the two, and nothing to be found in a cache. ``decoder`` may be above 1.
+    ``loader`` and ``model`` are images/s of each alone. Memory is an upper bound: it takes every stage to read and to write as
+    many bytes as the larger of the two, and nothing to be found in a cache. ``decoder`` may be above 1.
     """
     found: dict[str, float] = {}
     moved = 2 * sum(
@@ -116,7 +116,7 @@ def noisy(limits: Mapping[str, Any]) -> list[Series]:
     """The ceilings with their rounds, for the sentence about noise."""
     found = []
     for name, one in limits["rounds"].items():
-        what, scale, unit = WORDS[name]
+        what, scale, unit = WORDS.get(name, (name, 1, one.get("unit", "")))
         found.append(Series(f"limit of {what}", tuple(scale * value for value in one["rounds"]), unit))
     return found
 
@@ -204,7 +204,7 @@ def _decoder(dataset: Dataset, threads: int, stack: contextlib.ExitStack) -> _Jo
 
 
 def _jpegs(dataset: Dataset, threads: int) -> list[tuple[bytes, int, int]]:
-    """Stored JPEGs spread over the data, in memory, with height and width; an equal number for each thread where there are enough."""
+    """Stored JPEGs spread over the data, in memory, with height and width; equally many for each thread where there are enough."""
     import simplejpeg
 
     pixels = float(np.mean(np.asarray(dataset.heights, np.float64) * np.asarray(dataset.widths)))

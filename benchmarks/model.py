@@ -1,9 +1,9 @@
 """Which of channels_last, AMP, compilation and CUDA graphs pays for which model on this machine, and the loader speed it needs.
 
-Every variant is the trainer's own step on one synthetic batch. All variants of a model take turns in the same rounds, and a variant
-shows a speed only if it learns what the plain one learns: from the same weights on the same batch, its loss must be the same within
-its precision before the first optimizer step and fall in the same way over the next ones. The trade-off: losses say that the work
-was done, not that a long training ends equally well.
+Every variant is the trainer's own step on one synthetic batch. All variants of a model take turns in the same rounds, and a
+variant shows a speed only if it learns what the plain one learns: from the same weights on the same batch, its loss must be the
+same within its precision before the first optimizer step and fall in the same way over the next ones. The trade-off: losses say
+that the work was done, not that a long training ends equally well.
 
 >>> record = measure(ModelOptions(("resnet18", "convnext_tiny"), seconds=60)); print(table(record))
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +32,8 @@ CHECKED = 3
 # fp16's loss scaling leaves out steps until it has found its scale: so many calls it may take.
 MOST_CALLS = 24
 # Share by which the first loss may differ. Measured on a CPU with resnet18, mobilenetv3_small_100, vit_tiny_patch16_224 and
-# convnext_atto: below 0.00001 in float32, 0.0003 in bfloat16. A GPU may round float32 products to TF32's 10 bits, as many as fp16 has.
+# convnext_atto: below 0.00001 in float32, 0.0003 in bfloat16. A GPU may round float32 products to TF32's 10 bits, as many as fp16
+# has.
 TOLERANCE = {"off": 0.002, "fp16": 0.005, "bf16": 0.01}
 # Of what the plain loss falls, a variant's may fall this share more or less: rounding errors grow from step to step. Measured as
 # above: below 0.001 in float32, 0.006 in bfloat16.
@@ -237,6 +239,8 @@ class _Model:
                 until += max(0.0, arm.first_s - arm.step_s) if variant.compile else 0.0
             elif variant.name == PLAIN:
                 return []  # nothing to hold the others against
+            else:
+                _free(self.device)  # what it took must not make the next one fail
         return self._rounds(arms, max(until - time.perf_counter(), self.o.seconds / 2))
 
     def _fit(self, count: int) -> None:
@@ -347,14 +351,19 @@ def _learn(side: ModelSide) -> tuple[list[float], list[float]]:
     return [losses[made] for made in sorted(losses)], seconds
 
 
-def _forget(device: Any) -> None:
-    """Free what the variants of a model held, and what was compiled for them: the compiler keeps a limited number."""
-    import sys
-
+def _free(device: Any) -> None:
+    """Give back the memory of sides that nobody holds any more."""
     import torch
 
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if "torch._dynamo" in sys.modules:
+
+
+def _forget(device: Any) -> None:
+    """Free what the variants of a model held, and what was compiled for them: the compiler keeps a limited number."""
+    import torch
+
+    _free(device)
+    if "torch._dynamo" in sys.modules:  # importing it only to forget nothing takes seconds
         torch.compiler.reset()

@@ -1,7 +1,7 @@
 """Records of ``fastload bench model`` for people: which switch pays, the best variant, the loader speed that a model needs.
 
-Pure functions of the record, so that a file says what the run said. The trade-off is the rule for the best one: a switch more must
-bring 3%, because it costs compilation, memory or precision that no figure shows.
+Pure functions of the record, so that a file says what the run said. The trade-off is the rule for the best one: a switch more
+must bring 3%, because it costs compilation, memory or precision that no figure shows.
 
 >>> print(table(record)); print(sentence(record["rows"][0]))
 """

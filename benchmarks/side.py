@@ -30,7 +30,10 @@ LEAST_STEPS = 12
 
 @dataclass(frozen=True)
 class Labels:
-    """What a step learns: one of ``classes`` classes, or a weight for each (``soft``). ``stored``: the data have labels of their own."""
+    """What a step learns: one of ``classes`` classes, or a weight for each (``soft``).
+
+    ``stored``: the data have labels of their own.
+    """
 
     classes: int
     soft: bool = False
@@ -51,8 +54,8 @@ class Labels:
 class ModelSide:
     """The trainer's step with one synthetic batch of the right shape already on the device.
 
-    ``variant`` says how the step is computed (default: the trainer's own way). With ``normalise`` the batch is uint8, as batches of
-    the loader must be then. Weights and batch depend on the options' seed alone, so two variants begin with the same ones.
+    ``variant`` says how the step is computed (default: the trainer's own way). With ``normalise`` the batch is uint8, as batches
+    of the loader must be then. Weights and batch depend on the options' seed alone, so two variants begin with the same ones.
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class ModelSide:
             images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         else:
             images = torch.randn(shape, generator=generator)
-        images = images.to(memory_format=torch.channels_last)
+        # In the layout that the step takes: no variant pays for another one's.
+        layout = torch.channels_last if self.variant.channels_last else torch.contiguous_format
+        images = images.to(memory_format=layout)
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.scale, self.shift = 1 / (255 * std), -mean / std
         if labels.soft:

@@ -22,6 +22,7 @@ from fastload.benchmarks.harness import noise_notes, write_jsonl
 from fastload.benchmarks.options import BenchOptions
 from fastload.benchmarks.report import load
 from fastload.benchmarks.side import Labels, ModelSide
+from fastload.errors import DataError
 
 MODEL = "test_resnet"
 
@@ -203,6 +204,18 @@ def test_the_report_shows_them(result, tmp_path: Path) -> None:
     assert f"| memory bandwidth | {shown} |" in text and shown in page
     for share in record["limits"]["shares"].values():
         assert f"{share:.0%}" in text
+
+
+def test_the_report_says_a_noisy_ceiling_and_refuses_a_damaged_one(result, tmp_path: Path) -> None:
+    record = json.loads(json.dumps(result.to_json()))
+    rounds = record["limits"]["rounds"]["memory_gb_s"]
+    rounds.update(rounds=[1.0, 2.0, 3.0, 2.0, 2.0], median=2.0)
+    report = load([write_jsonl(tmp_path / "r.jsonl", [record])])
+    assert "limit of memory: rounds differ by ±50% (1.0 to 3.0 GB/s)" in report.markdown()
+    assert "limit of memory: rounds differ by ±50%" in report.html()
+    rounds.update(median=9.0)
+    with pytest.raises(DataError, match=r"'limits\.rounds\.memory_gb_s.median' is 9 but"):
+        load([write_jsonl(tmp_path / "bad.jsonl", [record])])
 
 
 def test_more_than_whole_images_can_give_is_shown_as_such(result, tmp_path: Path) -> None:

@@ -168,7 +168,14 @@ def all_series(record: Record) -> list[Series]:
     """The measured figures of a record; ratios are left out, since they are made of the same rounds."""
     body = record.body
     if isinstance(body, Bench):
-        found = [body.loader, body.plain, body.model, body.both, *(c.figure for c in body.changes)]
+        found = [
+            body.loader,
+            body.plain,
+            body.model,
+            body.both,
+            *(c.figure for c in body.changes),
+            *body.ceilings,
+        ]
     elif isinstance(body, Compare):
         found = [row.figure for row in body.rows]
     elif isinstance(body, Tune):

@@ -27,7 +27,8 @@ import click
 @click.option("--out", type=click.Path(), default=None, help="Append the record to this JSON-lines file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as one JSON object, last.")
 def command(models: str, out: str | None, as_json: bool, **given: Any) -> None:
-    """Images/s of a training step of each model, plain and with channels_last, AMP, torch.compile and CUDA graphs, on random images.
+    """Images/s of a training step of each model on random images, plain and with channels_last, AMP, torch.compile and CUDA
+    graphs.
 
     Says which of them pays, which variant is best, and how fast a loader must be for it never to wait. A variant whose loss is
     not that of the plain one shows no speed.
