@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastload.benchmarks import machine
 from fastload.benchmarks import model as room
 from fastload.benchmarks.graphs import record_graph
 from fastload.benchmarks.harness import write_jsonl
@@ -401,6 +402,25 @@ def test_what_is_recorded(monkeypatch, amp) -> None:
     assert torch.equal(
         step.forward(images), step.model(images) * 2
     )  # what was recorded is what the step calls
+
+
+# ---- the GPUs of a record
+
+
+def test_a_record_names_the_gpus_that_torch_may_use(monkeypatch, record, tmp_path: Path) -> None:
+    names = ["NVIDIA H100", "NVIDIA T4"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    assert machine.environment()["gpu"] == "NVIDIA H100, NVIDIA T4"
+    record["environment"]["gpu"] = "NVIDIA H100, NVIDIA T4"
+    assert "NVIDIA H100, NVIDIA T4" in load([write_jsonl(tmp_path / "r.jsonl", [record])]).html()
+
+    def broken() -> bool:
+        raise RuntimeError("the driver is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert "gpu" not in machine.environment()
 
 
 # ---- the command
