@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastload.benchmarks import machine, verdict
+from fastload.benchmarks import limits, machine, verdict
 from fastload.benchmarks.advice import NotRun, Situation, candidates
 from fastload.benchmarks.bench_table import table
 from fastload.benchmarks.changes import Measured, Runner
@@ -140,10 +140,17 @@ class _Bench:
             setting = self.s.setting()
             base = stack.enter_context(self.s.pair(setting, self.s.side))
             base.warm_up(self.o.seconds / 60 if self.o.seconds < 30 else 0.5, size=self.o.size)
-            share = BASE if self.o.changes else 1.0
+            share = BASE if self.o.changes else 1.0 - (limits.SHARE if self._limited else 0.0)
             stages = _stages(base.loader, self.o.seconds)
             series, peak = self._measure(base, stack, started + share * self.o.seconds, tick)
             record = self._record(setting, base, series, stages, peak)
+            if self._limited:
+                tick("limits of this machine")
+                record["limits"] = self._limits(setting, series, stages)
+            else:
+                self.notes.append(
+                    f"the limits of this machine were left out; --seconds {limits.LEAST_SECONDS:g} measures them"
+                )
             changes: list[Measured] = []
             left: list[NotRun] = []
             if self.o.changes:
@@ -259,6 +266,27 @@ class _Bench:
             },
             "environment": machine.environment(path),
         }
+
+    @property
+    def _limited(self) -> bool:
+        """Whether there is time for the ceilings of this machine."""
+        return self.o.seconds >= limits.LEAST_SECONDS
+
+    def _limits(
+        self, setting: Setting, series: Mapping[str, Series], stages: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The ceilings of this machine and the share of each that loader and model reached alone."""
+        found = limits.measure(
+            self.s.dataset,
+            self.s.side,
+            threads=setting.threads,
+            size=self.o.size,
+            seconds=limits.SHARE * self.o.seconds,
+            rounds=self.o.rounds,
+        )
+        self.notes += noise_notes(limits.noisy(found))
+        loader, model = series["loader alone"].median, series.get("model alone")
+        return {**found, "shares": limits.shares(found, loader, model.median if model else None, stages)}
 
     def _situation(self, record: Mapping[str, Any], series: Mapping[str, Series]) -> Situation:
         dataset, o = self.s.dataset, self.o

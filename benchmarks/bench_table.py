@@ -80,9 +80,18 @@ def _limits(limits: Mapping[str, Any]) -> Rows:
         value = limits.get(key)
         if value is not None:
             reached = shares.get(share)
-            tail = f", of which {reached:.0%} is reached" if reached is not None else ""
-            rows.append((name, form.format(value) + tail))
+            rows.append((name, form.format(value) + _reached(share, reached)))
     return rows
+
+
+def _reached(name: str, share: float | None) -> str:
+    """How much of a limit was used. More than the whole decoder is no error: the loader leaves out what its crops do not need."""
+    if share is None:
+        return ""
+    if name == "decoder" and share > 1:
+        return f", exceeded: the loader makes {times(share)} as many, since it decodes only what a crop needs"
+    most = "at most " if name == "memory" else ""
+    return f", of which {most}{share:.0%} is reached"
 
 
 def _changes(changes: Sequence[Mapping[str, Any]]) -> str:

@@ -13,17 +13,15 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastload.benchmarks.advice import Candidate, NotRun, size_text
 from fastload.benchmarks.harness import MIN_ROUNDS, Series, interleave, ratio
 from fastload.benchmarks.pairing import Pair, Setting, steps_for
+from fastload.benchmarks.side import ModelSide, reason
 from fastload.benchmarks.stored import Sample
 from fastload.benchmarks.verdict import gained
 from fastload.errors import FastloadError
-
-if TYPE_CHECKING:
-    from fastload.benchmarks.side import ModelSide
 
 LEAST_ROUND, MOST_ROUND = 0.15, 1.5  # seconds of one job in one round
 TOO_SLOW = 2.5  # a change whose first steps take this many times longer is not worth five rounds
@@ -140,8 +138,7 @@ class Runner:
                 left.append(NotRun(candidate.what, str(error)))
                 continue
             except RuntimeError as error:  # torch's own: no memory for it, or no kernel
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                left.append(NotRun(candidate.what, f"it failed here: {reason}"))
+                left.append(NotRun(candidate.what, f"it failed here: {reason(error)}"))
                 continue
             slower = _per_image_s(arm.pair) / _per_image_s(self.pairs[arm.against])
             if slower > TOO_SLOW:

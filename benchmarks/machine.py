@@ -17,6 +17,7 @@ import mmap
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "commit",
     "cpu_name",
     "environment",
+    "gpu_names",
     "quota_cores",
     "ram_bytes",
     "usable_cores",
@@ -53,6 +55,25 @@ def cpu_name() -> str:
         if key.strip() in ("model name", "Model"):
             return value.strip()
     return platform.processor() or platform.machine() or "unknown"
+
+
+def gpu_names() -> list[str]:
+    """Names of the NVIDIA GPUs: those that torch may use if it is imported already, else all that the driver lists."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None and torch.cuda.is_available():
+            return [str(torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    except (
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ):  # half imported, or a driver that fails when it is asked
+        return []
+    found = []
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        fields = dict(line.split(":", 1) for line in _read(str(path)).splitlines() if ":" in line)
+        found.append(fields.get("Model", "unknown NVIDIA GPU").strip())
+    return found
 
 
 def available_bytes() -> int | None:
@@ -149,6 +170,9 @@ def environment(path: str | Path | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in ("fastload", *PACKAGES) if (found := version(name))},
     }
+    gpus = gpu_names()
+    if gpus:
+        record["gpu"] = ", ".join(gpus)
     with contextlib.suppress(OSError):
         record["load_average"] = round(os.getloadavg()[0], 2)
     if path is not None:

@@ -3,17 +3,18 @@
 A CPU's images per second hardly depend on the batch, so a step too slow for the budget is measured with fewer images, and the
 result says so. On a GPU the batch decides the rate, and it is never changed.
 
->>> side, batch = make_side(BenchOptions("resnet18"), dataset, torch.device("cpu"))
+>>> side, batch = make_side(BenchOptions("resnet18"), Labels(classes=1000), torch.device("cpu"))
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastload.benchmarks.graphs import record_graph
 from fastload.benchmarks.options import BenchOptions
 from fastload.benchmarks.variants import Variant
 from fastload.errors import UsageError
@@ -27,15 +28,38 @@ PROBE = 4
 LEAST_STEPS = 12
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What a step learns: one of ``classes`` classes, or a weight for each (``soft``).
+
+    ``stored``: the data have labels of their own.
+    """
+
+    classes: int
+    soft: bool = False
+    stored: bool = False
+
+    @staticmethod
+    def of(dataset: Dataset) -> Labels:
+        """The labels of the data; 1,000 classes where there are none."""
+        label = dataset.fields.get("label")
+        if label is None or label.kind not in ("int", "ndarray"):
+            return Labels(1000)
+        if label.kind == "ndarray":
+            return Labels(int(np.prod(label.shape)) or 1, soft=True, stored=True)
+        classes = len(dataset.classes) if dataset.classes else max(2, int(np.max(dataset.labels)) + 1)
+        return Labels(classes, stored=True)
+
+
 class ModelSide:
     """The trainer's step with one synthetic batch of the right shape already on the device.
 
-    ``variant`` says how the step is computed (default: the trainer's own way). With ``normalise`` the batch is uint8, as batches of
-    the loader must be then.
+    ``variant`` says how the step is computed (default: the trainer's own way). With ``normalise`` the batch is uint8, as batches
+    of the loader must be then. Weights and batch depend on the options' seed alone, so two variants begin with the same ones.
     """
 
     def __init__(
-        self, options: BenchOptions, dataset: Dataset, device: Any, *, variant: Variant | None = None
+        self, options: BenchOptions, labels: Labels, device: Any, *, variant: Variant | None = None
     ) -> None:
         import torch
 
@@ -43,9 +67,7 @@ class ModelSide:
         from fastload.transforms import IMAGENET_MEAN, IMAGENET_STD
 
         self.device, self.model, self.variant = device, options.model, variant or Variant()
-        self.has_labels = "label" in dataset.fields and dataset.fields["label"].kind in ("int", "ndarray")
-        self.soft = self.has_labels and dataset.fields["label"].kind == "ndarray"
-        classes = num_classes(dataset)
+        self.has_labels = labels.stored
         config = Config(
             model=options.model,
             size=options.size,
@@ -55,7 +77,10 @@ class ModelSide:
             amp=self.variant.amp,
             compile=self.variant.compile,
         )
-        self.step = make_step(config, classes, device)
+        # The caller's own random numbers stay as they are.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(options.seed)
+            self.step = make_step(config, labels.classes, device)
         self.amp = str(getattr(self.step, "amp", None))
         generator = torch.Generator().manual_seed(options.seed)
         shape = (options.batch_size, 3, options.size, options.size)
@@ -63,14 +88,18 @@ class ModelSide:
             images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         else:
             images = torch.randn(shape, generator=generator)
-        images = images.to(memory_format=torch.channels_last)
+        # In the layout that the step takes: no variant pays for another one's.
+        layout = torch.channels_last if self.variant.channels_last else torch.contiguous_format
+        images = images.to(memory_format=layout)
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.scale, self.shift = 1 / (255 * std), -mean / std
-        if self.soft:
-            labels = torch.rand((options.batch_size, classes), generator=generator).round()
+        if labels.soft:
+            targets = torch.rand((options.batch_size, labels.classes), generator=generator).round()
         else:
-            labels = torch.randint(0, classes, (options.batch_size,), generator=generator)
-        self.images, self.labels = images.to(device), labels.to(device)
+            targets = torch.randint(0, labels.classes, (options.batch_size,), generator=generator)
+        self.images, self.labels = images.to(device), targets.to(device)
+        if self.variant.cuda_graph:
+            record_graph(self.step, self._normalised(self.images))
 
     def sync(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -81,50 +110,55 @@ class ModelSide:
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
+    def launch(self, images: Any, labels: Any) -> Any:
+        """One step as the trainer makes it, which the device may still be working on. Returns the loss, 0-d, on the device."""
+        return self.step(self._normalised(images), labels)
+
     def train(self, images: Any, labels: Any) -> None:
         """One step to its end: the loop waits for the device, so that a stall is never hidden in the device's queue."""
-        if self.variant.normalise:
-            images = images.to(self.device, non_blocking=True).float().mul_(self.scale).add_(self.shift)
-        self.step(images, labels)
+        self.launch(images, labels)
         self.sync()
+
+    def _normalised(self, images: Any) -> Any:
+        if not self.variant.normalise:
+            return images
+        return images.to(self.device, non_blocking=True).float().mul_(self.scale).add_(self.shift)
 
     def try_once(self, batch: int) -> None:
         """The first step, where a model says what it cannot do; UsageError in place of torch's own words."""
         try:
             self.train(self.images[:batch], self.labels[:batch])
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(
                 f"{self.model!r} cannot learn from batches of {batch} images of {self.images.shape[-1]} px "
-                f"({reason}); change --size, --batch-size or --model"
+                f"({reason(error)}); change --size, --batch-size or --model"
             ) from error
 
 
-def num_classes(dataset: Dataset) -> int:
-    if "label" not in dataset.fields or dataset.fields["label"].kind not in ("int", "ndarray"):
-        return 1000
-    label = dataset.fields["label"]
-    if label.kind == "ndarray":
-        return int(np.prod(label.shape)) or 1
-    if dataset.classes:
-        return len(dataset.classes)
-    return max(2, int(np.max(dataset.labels)) + 1)
-
-
-def make_side(options: BenchOptions, dataset: Dataset, device: Any) -> tuple[ModelSide, int]:
+def make_side(options: BenchOptions, labels: Labels, device: Any) -> tuple[ModelSide, int]:
     """The model's side and its batch size: the one asked for, or on a slow CPU the largest doubling of 4 that fits."""
-    side = ModelSide(options, dataset, device)
-    batch = min(PROBE, options.batch_size) if device.type == "cpu" else options.batch_size
-    side.try_once(batch)
-    limit = options.seconds / 2 / LEAST_STEPS
-    while batch < options.batch_size and 2 * _step_seconds(side, batch) <= limit:
-        batch = min(2 * batch, options.batch_size)
+    side = ModelSide(options, labels, device)
+    batch = fit_batch(side, options.batch_size, options.seconds / 2 / LEAST_STEPS)
     if batch == options.batch_size:
         return side, batch
-    return ModelSide(replace(options, batch_size=batch), dataset, device), batch
+    return ModelSide(replace(options, batch_size=batch), labels, device), batch
+
+
+def fit_batch(side: ModelSide, wanted: int, limit: float) -> int:
+    """``wanted``, or on a CPU the largest doubling of 4 whose step takes at most ``limit`` seconds. Trains the side a little."""
+    batch = min(PROBE, wanted) if side.device.type == "cpu" else wanted
+    side.try_once(batch)
+    while batch < wanted and 2 * _step_seconds(side, batch) <= limit:
+        batch = min(2 * batch, wanted)
+    return batch
 
 
 def _step_seconds(side: ModelSide, batch: int) -> float:
     clock = time.perf_counter()
     side.train(side.images[:batch], side.labels[:batch])
     return time.perf_counter() - clock
+
+
+def reason(error: BaseException) -> str:
+    """What another library says went wrong, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastload.benchmarks import machine
 from fastload.benchmarks.options import NO_MODEL, BenchOptions
 from fastload.benchmarks.pairing import Pair, Setting
-from fastload.benchmarks.side import ModelSide, make_side
+from fastload.benchmarks.side import Labels, ModelSide, make_side
 from fastload.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ class Subject:
             pipeline = tuple(specs.train(options.size) if transforms is None else transforms)
             side, fitting = None, options.batch_size
             if options.model != NO_MODEL:
-                side, fitting = make_side(replace(options, seconds=share * options.seconds), dataset, target)
+                side, fitting = make_side(
+                    replace(options, seconds=share * options.seconds), Labels.of(dataset), target
+                )
             if fitting < options.batch_size:
                 notes.append(
                     f"a step of {options.batch_size} is too slow here for {options.seconds:g} s, so everything was measured "
@@ -116,7 +118,7 @@ class Subject:
         if self.side is None:
             return None
         options = replace(self.options, batch_size=setting.batch_size)
-        return ModelSide(options, self.dataset, self.target, variant=setting.variant)
+        return ModelSide(options, Labels.of(self.dataset), self.target, variant=setting.variant)
 
     def pair(self, setting: Setting, side: ModelSide | None, pipeline: tuple[Any, ...] | None = None) -> Pair:
         """A loader under ``setting`` beside ``side``; ``pipeline`` in place of the setting's."""

@@ -72,7 +72,7 @@ def _key(record: Record) -> tuple[Any, ...]:
     asks: dict[type, tuple[str, ...]] = {
         Bench: ("data", "model", "size", "device", "transforms"),
         Tune: ("data", "size", "device"),
-        Model: ("device",),
+        Model: ("models", "size", "device"),
         Compare: (),
     }
     return (

@@ -113,9 +113,9 @@ def _bench(body: Bench) -> dict[str, Any]:
         ],
         "shares": [
             (
-                texts.SHARES.get(key, key),
+                texts.share_name(key, share),
                 share,
-                plots.meter(share, f"{texts.SHARES.get(key, key)}: {share:.0%} reached"),
+                plots.meter(share, f"{texts.share_name(key, share)}: {share:.0%} reached"),
             )
             for key, share in body.shares.items()
         ],

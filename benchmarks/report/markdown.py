@@ -137,7 +137,7 @@ def _bench(record: Record, body: Bench) -> str:
         for key, (name, unit) in texts.LIMITS.items()
         if key in body.limits
     ]
-    shares = [f"{cell(texts.SHARES.get(key, key))} {share:.0%}" for key, share in body.shares.items()]
+    shares = [f"{cell(texts.share_name(key, share))} {share:.0%}" for key, share in body.shares.items()]
     return _join(
         _head(record),
         f"**{cell(body.sentence)}**",
@@ -203,6 +203,7 @@ def _model(record: Record, body: Model) -> str:
     head = ("Model", "Variant", "Cost", "Images/s", "Range", "Ratio to plain", "Loader must make")
     return _join(
         _head(record),
+        [f"- **{cell(row.sentence)}**{f' {cell(row.doubt)}' if row.doubt else ''}" for row in body.rows],
         table(head, rows, left=3) if rows else "",
         _failed(failed, "Without a figure"),
         _notes(record),

@@ -274,6 +274,7 @@ def _bench(top: _Node) -> Bench:
         resources=top.numbers("resources"),
         limits=top.numbers("limits"),
         shares=top.node("limits").numbers("shares"),
+        ceilings=_ceilings(top.node("limits").node("rounds")),
         changes=changes,
         not_run=_failures(top, "not_run", "what", "why"),
         timeline=tuple(sorted(steps, key=lambda step: step.t)),
@@ -281,6 +282,14 @@ def _bench(top: _Node) -> Bench:
         sentence=sentence,
         doubt=doubt,
     )
+
+
+def _ceilings(rounds: _Node) -> tuple[Series, ...]:
+    from fastload.benchmarks.limits import noisy
+
+    for name in rounds.value:
+        rounds.series(name, name)  # refuses what is no series
+    return tuple(noisy({"rounds": rounds.value}))
 
 
 def _said(top: _Node, key: str, of_figures: Callable[[dict[str, Any]], str]) -> tuple[str, str]:
@@ -320,6 +329,8 @@ def _tune(top: _Node) -> Tune:
 
 
 def _model(top: _Node) -> Model:
+    from fastload.benchmarks.model_table import sentence as of_figures
+
     rows = []
     for item in top.nodes("rows"):
         model = item.text("model")
@@ -332,6 +343,7 @@ def _model(top: _Node) -> Model:
             )
             for v in item.nodes("variants")
         )
+        sentence, doubt = _said(item, "sentence", of_figures)
         rows.append(
             ModelRow(
                 model=model,
@@ -341,6 +353,8 @@ def _model(top: _Node) -> Model:
                 best=item.text("best", ""),
                 loader_needs=item.maybe("loader_needs_images_s"),
                 failed=_failures(item, "failed", "name"),
+                sentence=sentence,
+                doubt=doubt,
             )
         )
     return Model(tuple(rows))

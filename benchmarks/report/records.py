@@ -103,6 +103,8 @@ class Bench:
     resources: dict[str, float]
     limits: dict[str, float]
     shares: dict[str, float]
+    ceilings: tuple[Series, ...]
+    """The limits with their rounds, where the file has them."""
     changes: tuple[Change, ...]
     not_run: tuple[Failed, ...]
     timeline: tuple[Step, ...]
@@ -150,6 +152,9 @@ class ModelRow:
     best: str
     loader_needs: float | None
     failed: tuple[Failed, ...]
+    sentence: str
+    doubt: str
+    """As in :class:`Bench`."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,14 @@ LIMITS = {
 SHARES = {"memory": "memory bandwidth", "decoder": "JPEG decoder", "model": "matrix products"}
 
 
+def share_name(key: str, share: float) -> str:
+    """A limit beside the share of it that was reached; more than the whole decoder is explained."""
+    name = SHARES.get(key, key)
+    if key == "decoder" and share > 1:
+        return f"{name} (of whole images: the loader decodes only what a crop needs)"
+    return name
+
+
 def number(value: float) -> str:
     """Three significant digits or all before the point, with commas: what a person compares."""
     size = abs(value)
@@ -161,7 +169,14 @@ def all_series(record: Record) -> list[Series]:
     """The measured figures of a record; ratios are left out, since they are made of the same rounds."""
     body = record.body
     if isinstance(body, Bench):
-        found = [body.loader, body.plain, body.model, body.both, *(c.figure for c in body.changes)]
+        found = [
+            body.loader,
+            body.plain,
+            body.model,
+            body.both,
+            *(c.figure for c in body.changes),
+            *body.ceilings,
+        ]
     elif isinstance(body, Compare):
         found = [row.figure for row in body.rows]
     elif isinstance(body, Tune):

@@ -2,6 +2,7 @@
 
 >>> fastload bench photos.beton --tune
 >>> fastload bench photos.tar --compare cpu,ffcv,torch
+>>> fastload bench model --models resnet18,convnext_tiny
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fastload.benchmarks.compare_options import compare_flags
 from fastload.errors import UsageError
 
 SUBCOMMANDS = {
+    "model": "Which of channels_last, AMP, compile and CUDA graphs pays for which model.",
     "report": "Result files as Markdown and as one HTML page.",
 }
 
@@ -38,7 +40,7 @@ class BenchCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
-        with formatter.section("Commands (a DATA of the same name is reached as ./report)"):
+        with formatter.section("Commands (a DATA of the same name is reached as ./model)"):
             formatter.write_dl(list(SUBCOMMANDS.items()))
 
 
