@@ -49,6 +49,8 @@ def _build(counts, symbols, fast, most, first, offset, codes, sizes):
                     fast[(code << (_FAST - length)) | i] = (length << 8) | symbol
             code += 1
             k += 1
+        if code >= (1 << length):  # too many codes, or one of all ones, which JPEG does not allow
+            return False
         most[length] = code - 1 if counts[length - 1] else -1
         code <<= 1
     return True
