@@ -371,7 +371,7 @@ def _follow(child, now: Path) -> tuple[str, str]:
                 return child.communicate()[0], f"hangs for more than {STALL} s"
 
 
-def write_corpus(path: Path, seed: int, numbers: list[int], limit: int = 190_000) -> None:
+def write_corpus(path: Path, seed: int, numbers: list[int], limit: int = 150_000) -> None:
     """The files of some cases as a zip, those of fewest bytes first, up to ``limit`` bytes; names are seed and case."""
     pool = seeds()
     files = sorted(((case(seed, n, pool)[1], n) for n in numbers), key=lambda f: len(f[0]))
