@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ WINDOW_LEVELS = 1  # a window at the edge may get by with fewer taps, and so rou
 WILD = 2048  # dequantised coefficients beyond this overflow the 16 bits of libjpeg-turbo's vector code
 MOST_PIXELS = 1 << 18  # larger pictures are only looked at through windows
 MOST_SCRATCH = 1 << 22
-STALL = 60  # seconds without a new case that count as a hang; compiling has to fit in
+STALL = 180  # seconds without a new case that count as a hang; compiling has to fit in
 SLOW = 2.0  # seconds for one call
 
 
@@ -321,37 +322,38 @@ def work_through(seed: int, begin: int, end: int, until: float, folder: Path) ->
 
 def run(cases: int, seed: int, minutes: float, batch: int = 5000) -> dict:
     """All cases; a summary, with the cases that are wrong and the first of each new outcome."""
-    Checker()  # fills the cache of compiled kernels, so that no child waits for it
     until = time.time() + 60 * minutes
     total: dict = {"cases": 0, "seen": Counter(), "slowest": (0.0, -1), "wrong": [], "first": {}}
-    begin = 0
-    while begin < cases and time.time() < until:
-        end = min(begin + batch, cases)
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        # A cache of its own: numba's beside the sources does not know when a function that was compiled in has changed.
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        now, begin = Path(folder) / "now", 0
+        while begin < cases and time.time() < until:
+            end = min(begin + batch, cases)
+            now.write_text(str(begin))
             arguments = ["--child", str(seed), str(begin), str(end), str(until), folder]
             child = subprocess.Popen(
-                [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True
+                [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=environment
             )
-            output, stopped = _follow(child, Path(folder) / "now")
-            now = Path(folder, "now").read_text().strip()
-        for line in output.splitlines():
-            record = json.loads(line)
-            if "seen" in record:
-                total["cases"] += record["end"] - record["begin"]
-                total["seen"].update(record["seen"])
-                total["slowest"] = max(total["slowest"], tuple(record["slowest"]))
-                stopped = ""
-            else:
-                total["first"].setdefault(record["key"], record["case"])
-                if record["wrong"]:
-                    total["wrong"].append((record["case"], record["wrong"]))
-                    print(f"case {record['case']}: {record['wrong']}", flush=True)
-        if stopped:
-            total["wrong"].append((int(now or begin), stopped))
-            print(f"case {now}: {stopped}", flush=True)
-            end = int(now or begin) + 1
-        begin = end
-        print(f"{begin:,} cases, {len(total['wrong'])} wrong", file=sys.stderr, flush=True)
+            output, stopped = _follow(child, now)
+            for line in output.splitlines():
+                record = json.loads(line)
+                if "seen" in record:
+                    total["cases"] += record["end"] - record["begin"]
+                    total["seen"].update(record["seen"])
+                    total["slowest"] = max(total["slowest"], tuple(record["slowest"]))
+                    stopped = ""
+                else:
+                    total["first"].setdefault(record["key"], record["case"])
+                    if record["wrong"]:
+                        total["wrong"].append((record["case"], record["wrong"]))
+                        print(f"case {record['case']}: {record['wrong']}", flush=True)
+            if stopped:
+                end = int(now.read_text()) + 1
+                total["wrong"].append((end - 1, stopped))
+                print(f"case {end - 1}: {stopped}", flush=True)
+            begin = end
+            print(f"{begin:,} cases, {len(total['wrong'])} wrong", file=sys.stderr, flush=True)
     return total
 
 
@@ -363,7 +365,7 @@ def _follow(child, now: Path) -> tuple[str, str]:
             output, _ = child.communicate(timeout=5)
             return output, f"crashed with exit code {child.returncode}"
         except subprocess.TimeoutExpired:
-            text = now.read_text() if now.exists() else None
+            text = now.read_text()
             if text != last:
                 last, since = text, time.time()
             elif time.time() - since > STALL:
