@@ -112,5 +112,6 @@ def _images(batch: np.ndarray) -> Any:
     """(B, H, W, 3) uint8 as (B, 3, H, W) float32, normalised: a copy, since some loaders use their buffers again."""
     import torch
 
-    levels = (np.asarray(batch).astype(np.float32) - np.float32(MEAN)) / np.float32(STD)
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
+    levels = (np.asarray(batch).astype(np.float32) - mean) / std
     return torch.from_numpy(levels).permute(0, 3, 1, 2)
