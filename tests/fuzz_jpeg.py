@@ -300,7 +300,7 @@ def case(seed: int, number: int, pool: list[bytes]):
 def work_through(seed: int, begin: int, end: int, until: float, folder: Path) -> None:
     """A child's part: one line of JSON for each outcome that is new or wrong, and a summary last."""
     pool, checker = seeds(), Checker()
-    now = (folder / "now").open("w")
+    now = (folder / "now").open("r+")
     seen: Counter = Counter()
     slowest = (0.0, -1)
     number = begin
