@@ -11,7 +11,7 @@ import sys
 import click
 
 from fastload.benchmarks.compare_options import compare_flags
-from fastload.errors import FastloadError
+from fastload.errors import FastloadError, UsageError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,6 +66,58 @@ def compare(
         click.echo(f"Records: {out}")
     if as_json:
         click.echo(json.dumps(records))
+
+
+@cli.command("accuracy")
+@click.argument("data", type=click.Path())
+@click.option("--arms", default="ffcv,cpu", show_default=True, help="Two peers that read a .beton.")
+@click.option(
+    "--seeds", default="0,1,2", show_default=True, help="Comma-separated; each arm trains once a seed."
+)
+@click.option("--model", default="test_resnet", show_default=True, help="A timm model.")
+@click.option("--size", default=64, show_default=True, help="Side of the square the model sees, in pixels.")
+@click.option(
+    "--resize", default=73, show_default=True, help="Shorter side of validation images before the cut."
+)
+@click.option("--epochs", default=14, show_default=True, help="Epochs of each training.")
+@click.option("--batch-size", default=32, show_default=True, help="Images a step.")
+@click.option("--threads", type=int, default=None, help="Threads of loader and model. [default: all cores]")
+@click.option("--out", type=click.Path(), default=None, help="Append the record to this JSON-lines file.")
+def accuracy(
+    data: str,
+    arms: str,
+    seeds: str,
+    model: str,
+    size: int,
+    resize: int,
+    epochs: int,
+    batch_size: int,
+    threads: int | None,
+    out: str | None,
+) -> None:
+    """The accuracy of a model trained on each of two loaders' crops of DATA, a .beton with a field `label`."""
+    from fastload.benchmarks.accuracy import run, text
+    from fastload.system import usable_cores
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds are whole numbers with commas between, got {seeds!r}") from None
+    record = run(
+        data,
+        arms=arms.split(","),
+        seeds=numbers,
+        out=out,
+        say=lambda line: click.echo(line, err=True),
+        model=model,
+        size=size,
+        resize=resize,
+        epochs=epochs,
+        batch=batch_size,
+        threads=usable_cores() if threads is None else threads,
+    )
+    click.echo(text(record))
+    click.echo(json.dumps(record))
 
 
 def main() -> None:

@@ -150,7 +150,7 @@ def store_image(payload: Payload, options: ImageOptions, box: Box | None = None)
     least = None
     if final[0] * _GAP * 2 <= size[0] and final[1] * _GAP * 2 <= size[1]:
         least = (-(-height * final[0] * _GAP // size[0]), -(-width * final[1] * _GAP // size[1]))
-    rgb = codecs.load_rgb(payload, min_size=least)
+    rgb = codecs.load_rgb(payload, min_size=least, padded=options.store != "raw")
     whole = (0, 0, height, width)
     if least is not None and rgb.shape[:2] != (height, width):
         return _encode(_shrink_scaled(rgb, whole if window is None else window, probe, final), options)
@@ -179,8 +179,9 @@ def _from_encoded(image: EncodedImage, options: ImageOptions, box: Box | None) -
 
 
 def _encode(rgb: np.ndarray, options: ImageOptions) -> Stored:
+    """(H, W, 3 or 4) uint8, the fourth byte being padding, as it is to be stored."""
     height, width = rgb.shape[:2]
-    small = options.store == "auto" and rgb.nbytes <= _SMALL_RAW
+    small = options.store == "auto" and 3 * height * width <= _SMALL_RAW
     if options.store == "raw" or options.reencode == "never" or small:
         return _raw(rgb)
     data = codecs.encode_jpeg(rgb, options.quality)
@@ -194,11 +195,11 @@ def _raw_is_better(size: tuple[int, int], jpeg_bytes: int) -> bool:
 
 
 def _raw(rgb: np.ndarray) -> Stored:
-    return Stored(EncodedImage("raw", rgb.shape[0], rgb.shape[1], np.ascontiguousarray(rgb)), "raw")
+    return Stored(EncodedImage("raw", rgb.shape[0], rgb.shape[1], np.ascontiguousarray(rgb[:, :, :3])), "raw")
 
 
 def _shrink(rgb: np.ndarray, window: tuple[int, int, int, int], final: tuple[int, int]) -> np.ndarray:
-    """The window (top, left, bottom, right) of (H, W, 3) pixels in its final size."""
+    """The window (top, left, bottom, right) of (H, W, 3 or 4) pixels in its final size."""
     top, left, bottom, right = window
     cut = np.ascontiguousarray(rgb[top:bottom, left:right])
     return cut if cut.shape[:2] == final else codecs.resize(cut, final)

@@ -142,15 +142,15 @@ def read_header(data, tables, header):
     ):
         return UNSUPPORTED
     if count == 3:
-        first, red = (
-            info[jpeg.SAMPLING],
-            (info[jpeg.IDS] << 16) | (info[jpeg.IDS + 1] << 8) | info[jpeg.IDS + 2],
-        )
+        first = info[jpeg.SAMPLING]
+        ids = info[jpeg.IDS], info[jpeg.IDS + 1], info[jpeg.IDS + 2]
         if info[jpeg.SAMPLING + 1] != 0x11 or info[jpeg.SAMPLING + 2] != 0x11:
             return UNSUPPORTED
         if first != 0x11 and first != 0x21 and first != 0x12 and first != 0x22:
             return UNSUPPORTED
-        if info[jpeg.ADOBE] != 1 and (info[jpeg.ADOBE] >= 0 or red == 0x524742):
+        if ids[0] == ids[1] or ids[1] == ids[2] or ids[0] == ids[2]:
+            return UNSUPPORTED
+        if info[jpeg.ADOBE] != 1 and (info[jpeg.ADOBE] >= 0 or ids == (82, 71, 66)):
             return UNSUPPORTED  # RGB
     status = _read_tables(data, tables, header)
     if status != OK:
@@ -206,6 +206,8 @@ def find_segments(data, info, row0, col0, row1, col1, memory, room, segments):
                 end = source + length
                 if length < 3 or end > size:
                     return np.int64(BAD_INDEX), found, used
+                if col == left and not jpeg.follows(data, source, k):
+                    return np.int64(BAD_INDEX), found, used
                 if left <= col < right:
                     last = (k + 1) * interval == total
                     if data[end - 2] != 0xFF or data[end - 1] != (0xD9 if last else 0xD0 + (k & 7)):
@@ -234,7 +236,7 @@ def find_segments(data, info, row0, col0, row1, col1, memory, room, segments):
                 if marker != 0xD0 + (k & 7):
                     return np.int64(BAD_MARKER if marker >= 0 else OVERRUN), found, used
                 source = at + 2
-            elif marker < 0 or 0xD0 <= marker <= 0xD7:
+            elif marker != 0xD9:
                 return np.int64(BAD_MARKER if marker >= 0 else jpeg.TRUNCATED), found, used
             if (k + 1) * interval > first:
                 segments[found, 0] = k * interval

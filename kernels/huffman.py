@@ -136,6 +136,8 @@ def _build(tables, kind, slot):
                     single[i] = (length << 8) | symbol
             code += 1
             k += 1
+        if code >= (1 << length):  # too many codes, or one of all ones, which JPEG does not allow
+            return False
         tables.long[kind, slot, length, 0] = code << (16 - length)
         code <<= 1
     if kind:

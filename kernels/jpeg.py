@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastload.kernels.jit import kernel
+from fastload.kernels.memory import address, load_be64
 
 # Places in the info array that parse fills, (INFO_SIZE,) int64.
 WIDTH, HEIGHT, COMPONENTS, FRAME, PRECISION = 0, 1, 2, 3, 4
@@ -48,11 +49,20 @@ INDEX_NAME = b"fastload\x01"  # the last byte is the version of the index
 INDEX_HEADER = 4 + len(INDEX_NAME)  # marker, length, name; the lengths follow, uint16 little-endian
 MAX_SEGMENTS = (65535 - 2 - len(INDEX_NAME)) // 2
 _NAME = np.frombuffer(INDEX_NAME, np.uint8)
+_ADOBE = np.frombuffer(b"Adobe", np.uint8)
 
 
 @kernel
 def _word(data, at):
     return (np.int64(data[at]) << 8) | np.int64(data[at + 1])
+
+
+@kernel
+def _begins(data, at, name):
+    same = True
+    for i in range(name.size):
+        same &= data[at + i] == name[i]
+    return same
 
 
 @kernel
@@ -76,7 +86,12 @@ def parse_into(data, info):
             continue
         if marker == 0xD9:
             return NO_SCAN
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:
+        # What libjpeg takes in a header: frames and tables, DQT, DRI, DNL, SOS, APP0 to APP15 and comments.
+        if marker != 0xFE and not (
+            0xC0 <= marker <= 0xCF or 0xDA <= marker <= 0xDD or 0xE0 <= marker <= 0xEF
+        ):
+            return BAD_SEGMENT
+        if marker == 0xC8:
             return BAD_SEGMENT
         length = _word(data, at + 2)
         if length < 2:
@@ -86,7 +101,7 @@ def parse_into(data, info):
         body = at + 4
         if marker == 0xE0 and length >= 7 and data[body] == 74 and data[body + 1] == 70:
             info[JFIF] = 1
-        elif marker == 0xEE and length >= 14 and data[body] == 65 and data[body + 1] == 100:
+        elif marker == 0xEE and length >= 14 and _begins(data, body, _ADOBE):
             info[ADOBE] = data[body + 11]
         elif (
             marker == INDEX_MARKER
@@ -94,10 +109,7 @@ def parse_into(data, info):
             and length >= 2 + _NAME.size
             and (length - 2 - _NAME.size) % 2 == 0
         ):
-            same = True
-            for i in range(_NAME.size):
-                same &= data[body + i] == _NAME[i]
-            if same:
+            if _begins(data, body, _NAME):
                 info[INDEX_AT] = body + _NAME.size
                 info[INDEX_COUNT] = (length - 2 - _NAME.size) // 2
                 info[TABLES_AT] = at + 2 + length
@@ -105,7 +117,7 @@ def parse_into(data, info):
             if length != 4:
                 return BAD_SEGMENT
             info[INTERVAL] = _word(data, body)
-        elif 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC:
+        elif 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xCC:
             status = _frame(data, body, length, marker, info)
             if status != OK:
                 return status
@@ -183,6 +195,12 @@ def can_crop(info):
 
 
 @kernel
+def follows(data, at, number):
+    """Whether restart segment ``number`` can begin at byte ``at``: behind the marker of the one before it, which none may have read."""
+    return number == 0 or (data[at - 2] == 0xFF and data[at - 1] == 0xD0 + ((number - 1) & 7))
+
+
+@kernel
 def crop(data, info, y0, x0, y1, x1, out, window):
     """Cut the window [y0, y1) x [x0, x1) pixels of a JPEG for which :func:`can_crop` holds.
 
@@ -225,6 +243,8 @@ def crop(data, info, y0, x0, y1, x1, out, window):
             end = source + length
             if length < 3 or end > data.size:
                 return BAD_INDEX
+            if col == col0 and not follows(data, source, row * across + col):
+                return BAD_INDEX
             if col0 <= col < col1:
                 last = row == info[MCUS_Y] - 1 and col == across - 1
                 marker = data[end - 1]
@@ -253,7 +273,14 @@ def measure_segments(data, scan, lengths):
     began = scan
     found = 0
     at = scan
+    base = address(data)
     while at + 1 < data.size:
+        if at + 8 <= data.size:
+            # No byte is 0xFF: no byte of the complement is zero.
+            word = load_be64(base + at)
+            if (~word - np.uint64(0x0101010101010101)) & word & np.uint64(0x8080808080808080) == 0:
+                at += 8
+                continue
         if data[at] != 0xFF:
             at += 1
             continue

@@ -143,8 +143,8 @@ def jpeg_coefficients(data: bytes) -> list[np.ndarray]:
     tables = [data[scan + 1 + 2 * i] for i in range(len(parts))]
     order = sorted(range(64), key=lambda p: (p // 8 + p % 8, (p // 8 if (p // 8 + p % 8) % 2 else p % 8)))
     planes = [np.zeros((down * v, across * h, 64), np.int64) for h, v in shapes]
-    restart = data.find(b"\xff\xdd")
-    interval = int.from_bytes(data[restart + 4 : restart + 6], "big") if 0 < restart < scan else 0
+    restart = data.rfind(b"\xff\xdd\0\4", 0, scan)  # the last one counts
+    interval = int.from_bytes(data[restart + 4 : restart + 6], "big") if restart > 0 else 0
     for number, segment in enumerate(restart_segments(data)):
         bits = "".join(f"{byte:08b}" for byte in segment.replace(b"\xff\x00", b"\xff"))
         at, predicted = 0, [0] * len(parts)

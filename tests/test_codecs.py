@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from fastload import codecs
 from fastload.errors import CorruptError, UsageError
+from fastload.kernels import jpeg, oracle
 
 HEIGHT, WIDTH = 37, 53  # odd and unequal: a swapped or rounded side shows
 
@@ -422,6 +423,22 @@ def test_quality_orders_size_and_fidelity(picture):
     assert sorted(map(len, files)) == [len(f) for f in files]
     values = [psnr(codecs.load_rgb(f), pixels) for f in files]
     assert values == sorted(values) and codecs.encode_jpeg(pixels) == codecs.encode_jpeg(pixels, 90)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 40), (64, 200), (150, 131)])
+def test_padded_pixels_give_the_same_bytes_and_the_index_is_true(size):
+    """Noise at quality 100 has many stuffed bytes, and segments of every length."""
+    rgb = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    padded = np.full((*size, 4), 77, np.uint8)
+    padded[:, :, :3] = rgb
+    data = codecs.encode_jpeg(rgb, 100)
+    assert codecs.encode_jpeg(padded, 100) == data
+    info, status = jpeg.parse(np.frombuffer(data, np.uint8))
+    assert status == jpeg.OK
+    lengths = np.frombuffer(data, "<u2", int(info[jpeg.INDEX_COUNT]), int(info[jpeg.INDEX_AT]))
+    assert lengths.tolist() == [len(segment) + 2 for segment in oracle.restart_segments(data)]
+    again = codecs.load_rgb(data, padded=True)
+    assert again.shape == (*size, 4) and np.array_equal(again[:, :, :3], codecs.load_rgb(data))
 
 
 @given(st.integers(1, 100), st.integers(1, 100), st.integers(0, 255))

@@ -205,6 +205,10 @@ def answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
         return first_batch(peer, Work(**request["work"]))
     if do == "convert":
         return convert(peer, Conversion(**request["job"]))
+    if do == "train":
+        from fastload.benchmarks.accuracy_arm import Training, train
+
+        return train(peer, Training(**request["job"]))
     if do == "dump":
         return dump(peer, request["path"])
     if do == "idle":
