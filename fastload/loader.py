@@ -36,7 +36,7 @@ __all__ = ["Batch", "Loader", "Replaced"]
 
 _MOST_CLASSES = 1_000_000
 _PASSES = 5  # of a profile
-_SLICES_PER_THREAD = 3  # small enough that one large image does not hold a batch
+_SLICES_PER_THREAD = 3  # of all batches that are made at once, so that one large image holds one thread only
 _DTYPES = {
     "uint8": torch.uint8,
     "float32": torch.float32,
@@ -290,7 +290,7 @@ class Loader:
     def _submit(self, pool: ThreadPoolExecutor, epoch: int, start: int) -> Job:
         job = self._draw(epoch, start, min(start + self.batch_size, self.num_samples))
         count = len(job.bases)
-        step = max(1, -(-count // (self.threads * _SLICES_PER_THREAD)))
+        step = -(-count // min(count, max(1, -(-_SLICES_PER_THREAD * self.threads // (self.prefetch + 1)))))
         job.slices = [
             pool.submit(self._filler.fill, job, at, min(at + step, count)) for at in range(0, count, step)
         ]

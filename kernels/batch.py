@@ -93,8 +93,7 @@ def fill(file, rows, sources, table, paint, out, floats, thread, status, clock):
     asked = np.zeros(1, np.int64)
     wanted = floats.shape[0] > 0
     timed = clock.shape[1] > 0
-    scales = pixels.tiled(paint.scale, 3 * out.shape[2] if wanted else 0)
-    shifts = pixels.tiled(paint.shift, 3 * out.shape[2] if wanted else 0)
+    scales, shifts = pixels.tiled(paint.scale), pixels.tiled(paint.shift)
     for i in rows:
         y, x, height, width = table.place[i, 0], table.place[i, 1], table.place[i, 2], table.place[i, 3]
         start, size = sources.starts[i], sources.sizes[i]

@@ -98,6 +98,19 @@ def lowest_bit(typing, mask):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def copy_bytes(typing, source, to, count):  # type: ignore[no-untyped-def]
+    """Copy ``count`` bytes between two places that do not overlap."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        source, to = (builder.inttoptr(args[i], byte) for i in (0, 1))
+        cgutils.raw_memcpy(builder, to, source, args[2], ir.Constant(_I64, 1), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
 def reverse16(typing, source, to):  # type: ignore[no-untyped-def]
     """Copy 16 pixels of three bytes in reverse order."""
 
@@ -151,6 +164,7 @@ def address(array):
 __all__ = [
     "address",
     "copy32",
+    "copy_bytes",
     "inlined",
     "load_be64",
     "load_i64",

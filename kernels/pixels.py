@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from fastload.kernels.jit import kernel
-from fastload.kernels.memory import part
+from fastload.kernels.memory import address, part
+from fastload.kernels.simd import normalise48
 
 
 @kernel
@@ -70,28 +71,28 @@ def erase(image, boxes, fills):
 @kernel
 def normalise(images, scale, shift, out):
     """out = images * scale + shift in each channel: (B, H, W, 3) uint8 to float32, ``scale`` and ``shift`` (3,) float32."""
-    scales, shifts = tiled(scale, 3 * images.shape[2]), tiled(shift, 3 * images.shape[2])
+    scales, shifts = tiled(scale), tiled(shift)
     for b in range(images.shape[0]):
         normalise_image(images[b], scales, shifts, out[b])
 
 
 @part
-def tiled(values, count):
-    """``values`` (3,) again and again, (count,) float32."""
-    result = np.empty(count, np.float32)
-    for j in range(count):
+def tiled(values):
+    """``values`` (3,) for each of 16 pixels, (48,) float32."""
+    result = np.empty(48, np.float32)
+    for j in range(48):
         result[j] = values[j % 3]
     return result
 
 
 @part
 def normalise_image(image, scales, shifts, out):
-    """One image (H, W, 3) for :func:`normalise`, with scale and shift for each number of a row, (3 * W,) float32."""
-    count = scales.size
-    for y in range(image.shape[0]):
-        source, target = image[y].reshape(count), out[y].reshape(count)
-        for j in range(count):
-            target[j] = np.float32(source[j]) * scales[j] + shifts[j]
+    """One image (H, W, 3), contiguous, for :func:`normalise`, with :func:`tiled` scale and shift."""
+    source, target = image.reshape(image.size), out.reshape(image.size)
+    groups = source.size // 48
+    normalise48(address(source), address(scales), address(shifts), groups, address(target))
+    for i in range(48 * groups, source.size):
+        target[i] = np.float32(source[i]) * scales[i % 3] + shifts[i % 3]
 
 
 @kernel

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastload.kernels import restart
-from fastload.kernels.memory import address, load_u8, load_u16, part, reverse16, store_u8
+from fastload.kernels.memory import address, copy_bytes, load_u8, load_u16, part, reverse16, store_u8
 from fastload.kernels.planes import (
     LANES,
     MOST_TAPS,
@@ -49,8 +49,7 @@ def _copy(source, stride, out, flips):
         row = source + stride * i
         to = address(out[rows - 1 - i] if flips & 2 else out[i])
         if not flips & 1:
-            for j in range(3 * columns):
-                store_u8(to + j, load_u8(row + j))
+            copy_bytes(row, to, 3 * columns)
             continue
         j = 0
         while j + 16 <= columns:

@@ -1,10 +1,11 @@
-"""Two loops of the resize kernel as explicit vector code, since LLVM's vectoriser does not find them.
+"""Inner loops as explicit vector code, since LLVM's vectoriser does not find them or spends their time on checks.
 
 Sixteen floats are worked on at once: four pixels of one row when rows are blended, one pixel of four rows when columns
-are. The code is written as LLVM vectors, so each CPU gets its own instructions (AVX-512, AVX2, NEON), and as plain IEEE
+are, sixteen numbers of an image when it is normalised. The code is written as LLVM vectors, so each CPU gets its own instructions (AVX-512, AVX2, NEON), and as plain IEEE
 multiplications and additions in a fixed order, so each gets the same numbers.
 
-Addresses are plain integers: the callers in :mod:`fastload.kernels.resize` answer for their bounds.
+Addresses are plain integers: the callers in :mod:`fastload.kernels.resize` and :mod:`fastload.kernels.pixels` answer for their
+bounds.
 """
 
 from __future__ import annotations
@@ -104,6 +105,35 @@ def blend_columns(typing, lines, taps, weights, result, stride):  # type: ignore
             pixel = builder.extract_element(levels, ir.Constant(_I32, lane))
             place = builder.add(result, builder.mul(stride, ir.Constant(_I64, lane)))
             builder.store(pixel, _pointer(builder, place, _I32), align=1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def normalise48(typing, source, scales, shifts, groups, out):  # type: ignore[no-untyped-def]
+    """out[i] = source[i] * scales[i % 48] + shifts[i % 48] for 48 * ``groups`` bytes, which are 16 pixels a group.
+
+    All are addresses; ``scales`` and ``shifts`` those of 48 floats.
+    """
+    signature = types.void(*[types.intp] * 5)
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        source, scales, shifts, groups, out = args
+
+        def at(base: Any, kind: Any, skip: int) -> Any:
+            return _pointer(builder, builder.add(base, ir.Constant(_I64, skip)), kind)
+
+        factors = [builder.load(at(scales, _FLOATS, 64 * i), align=4) for i in range(3)]
+        terms = [builder.load(at(shifts, _FLOATS, 64 * i), align=4) for i in range(3)]
+        with cgutils.for_range(builder, groups) as group:
+            base = builder.add(source, builder.mul(group.index, ir.Constant(_I64, 48)))
+            to = builder.add(out, builder.mul(group.index, ir.Constant(_I64, 192)))
+            for i in range(3):
+                levels = builder.load(at(base, _BYTES, 16 * i), align=1)
+                value = builder.sitofp(builder.zext(levels, _INTS), _FLOATS)
+                value = builder.fadd(builder.fmul(value, factors[i]), terms[i])
+                builder.store(value, at(to, _FLOATS, 64 * i), align=4)
         return context.get_dummy_value()
 
     return signature, generate
