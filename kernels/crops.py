@@ -13,6 +13,7 @@ import numpy as np
 
 from fastload.kernels import decode, jpeg, planes, raw
 from fastload.kernels.decode import H, V
+from fastload.kernels.huffman import PAD
 from fastload.kernels.memory import address, load_u8, nanoseconds, part
 from fastload.kernels.planes import LANES, MOST_TAPS
 from fastload.kernels.raw import valid_box
@@ -112,7 +113,7 @@ def crop_to(data, height, width, box, clip, flips, out, work, scratch, need, clo
     stride, middle = np.zeros(2, np.int64), np.zeros(3, np.int64)
     start = (address(scratch) + 63) // 64 * 64
     at = start
-    bytes_room = (data.size - info[jpeg.SCAN_AT] + 2 * _EDGE + decode.PAD) // 64 * 64
+    bytes_room = (data.size - info[jpeg.SCAN_AT] + 2 * _EDGE + PAD) // 64 * 64
     at += bytes_room
     strip = at
     for kind in range(kinds):

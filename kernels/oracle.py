@@ -6,6 +6,8 @@ segments), this follows the same definition by the shortest way.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 
@@ -146,7 +148,7 @@ def jpeg_coefficients(data: bytes) -> list[np.ndarray]:
     restart = data.rfind(b"\xff\xdd\0\4", 0, scan)  # the last one counts
     interval = int.from_bytes(data[restart + 4 : restart + 6], "big") if restart > 0 else 0
     for number, segment in enumerate(restart_segments(data)):
-        bits = "".join(f"{byte:08b}" for byte in segment.replace(b"\xff\x00", b"\xff"))
+        bits = "".join(f"{byte:08b}" for byte in re.sub(b"\xff+\x00", b"\xff", segment))
         at, predicted = 0, [0] * len(parts)
 
         def symbol(table: dict[tuple[int, int], int], bits: str = bits) -> int:

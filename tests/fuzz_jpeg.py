@@ -29,6 +29,7 @@ import simplejpeg
 from jpeg_damage import mutate, pick, seeds
 from PIL import Image
 
+from fastload.kernels import batch as batch_kernel
 from fastload.kernels import crops, decode, jpeg, oracle
 from fastload.kernels.jit import kernel
 
@@ -46,7 +47,8 @@ SLOW = 1.0  # seconds of CPU for one call
 @kernel
 def crop_to(data, height, width, box, clip, flips, out, work, scratch, need):
     """Into the inner part of ``out`` (h + 2, w + 2, 3); sliced here, where a single row does not change its type."""
-    return crops.crop_to(data, height, width, box, clip, flips, out[1:-1, 1:-1], work, scratch, need)
+    clock = np.zeros((2, 0), np.int64)
+    return crops.crop_to(data, height, width, box, clip, flips, out[1:-1, 1:-1], work, scratch, need, clock)
 
 
 # ---- what each case must fulfil
@@ -136,6 +138,7 @@ class Checker:
         scratch, need = self.memory.poison(sentinel, room), np.zeros(1, np.int64)
         file = np.full(len(data) + 2 * GUARD, sentinel, np.uint8)
         file[GUARD : GUARD + len(data)] = np.frombuffer(data, np.uint8)
+        file.setflags(write=False)  # as a mapped file is
         out = np.full((3, size[0] + 2, size[1] + 2, 3), sentinel, np.uint8)
         window = out[1, 1:-1, 1:-1]
         box, clip = np.array(box, np.float64), np.array(clip, np.int64)
@@ -144,23 +147,29 @@ class Checker:
             rows = [np.array([v] * 3) for v in (GUARD, len(data), shape, (1, 1, *size), box, clip, flips)]
             statuses, colour = np.full(3, -1), np.full(3, sentinel, np.uint8)
             starts, sizes, shapes, place, box, clip, flips = rows
-            crops.fill(
-                file,
-                starts,
-                sizes,
-                shapes,
+            background = batch_kernel.Paint(
+                colour, np.zeros((0, 3), np.uint8), np.ones(3, np.float32), np.zeros(3, np.float32)
+            )
+            table = batch_kernel.Rows(
                 place,
                 box,
                 clip,
                 flips,
-                colour,
+                np.zeros((0, 3, 7), np.float32),
+                np.zeros(3, bool),
+                np.zeros((3, 0, 4), np.int64),
+            )
+            batch_kernel.fill(
+                file,
+                np.array([1]),
+                batch_kernel.Sources(starts, sizes, np.zeros(3, bool), shapes),
+                table,
+                background,
                 out,
-                1,
-                2,
-                self.memory.work,
-                scratch,
-                need,
+                np.zeros((0, *out.shape[1:]), np.float32),
+                batch_kernel.Thread(self.memory.work, scratch, need),
                 statuses,
+                np.zeros((2, 0), np.int64),
             )
             if statuses[0] != -1 or statuses[2] != -1:
                 raise Wrong("wrote the status of another row")

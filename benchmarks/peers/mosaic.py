@@ -69,7 +69,7 @@ class Mosaic(Peer):
             shuffle_seed=work.seed,
             batch_size=work.batch,
         )
-        self.loader = DataLoader(
+        self.loader: Any = DataLoader(
             dataset, batch_size=work.batch, collate_fn=ops.Collate(work), **ops.worker_options(work)
         )
 

@@ -51,7 +51,7 @@ def decode(data: bytes | np.ndarray) -> np.ndarray:
 
         from PIL import Image
 
-        image = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+        image = np.array(Image.open(io.BytesIO(bytes(data))).convert("RGB"))
     return image
 
 
@@ -119,7 +119,8 @@ def pad_batch(images: np.ndarray, work: Work, rng: np.random.Generator) -> np.nd
     )
     out = np.empty((count, size, size, 3), np.uint8)
     # A loop of slices: faster than one gather, whose index arrays are larger than the images.
-    for i, (y, x, flip) in enumerate(zip(top.tolist(), left.tolist(), (rng.random(count) < 0.5).tolist())):
+    flips: np.ndarray = rng.random(count) < 0.5
+    for i, (y, x, flip) in enumerate(zip(top.tolist(), left.tolist(), flips.tolist())):
         window = padded[i, y : y + size, x : x + size]
         out[i] = window[:, ::-1] if flip else window
     return normalise(out) if work.normalise else out
