@@ -119,7 +119,7 @@ def pad_batch(images: np.ndarray, work: Work, rng: np.random.Generator) -> np.nd
     )
     out = np.empty((count, size, size, 3), np.uint8)
     # A loop of slices: faster than one gather, whose index arrays are larger than the images.
-    flips: np.ndarray = rng.random(count) < 0.5
+    flips = np.less(rng.random(count), 0.5)
     for i, (y, x, flip) in enumerate(zip(top.tolist(), left.tolist(), flips.tolist())):
         window = padded[i, y : y + size, x : x + size]
         out[i] = window[:, ::-1] if flip else window
