@@ -147,6 +147,12 @@ def store_image(payload: Payload, options: ImageOptions, box: Box | None = None)
     if options.reencode == "never" and (options.store == "jpeg" or window is not None):
         why = "it must be cropped" if window is not None else f"it is {_what(probe)}"
         raise DataError(f"reencode never cannot keep it: {why}; use auto")
+    if untouched and probe.keepable and options.store != "raw" and not _is_small(final, options):
+        anew = codecs.encode_anew(payload, options.quality)
+        if anew is not None:
+            if options.store == "auto" and _raw_is_better(final, len(anew)):
+                return _raw(codecs.load_rgb(payload))
+            return Stored(EncodedImage("jpeg", height, width, anew), "encoded")
     least = None
     if final[0] * _GAP * 2 <= size[0] and final[1] * _GAP * 2 <= size[1]:
         least = (-(-height * final[0] * _GAP // size[0]), -(-width * final[1] * _GAP // size[1]))
@@ -181,13 +187,17 @@ def _from_encoded(image: EncodedImage, options: ImageOptions, box: Box | None) -
 def _encode(rgb: np.ndarray, options: ImageOptions) -> Stored:
     """(H, W, 3 or 4) uint8, the fourth byte being padding, as it is to be stored."""
     height, width = rgb.shape[:2]
-    small = options.store == "auto" and 3 * height * width <= _SMALL_RAW
-    if options.store == "raw" or options.reencode == "never" or small:
+    if options.store == "raw" or options.reencode == "never" or _is_small((height, width), options):
         return _raw(rgb)
     data = codecs.encode_jpeg(rgb, options.quality)
     if options.store == "auto" and _raw_is_better((height, width), len(data)):
         return _raw(rgb)
     return Stored(EncodedImage("jpeg", height, width, data), "encoded")
+
+
+def _is_small(size: tuple[int, int], options: ImageOptions) -> bool:
+    """So small that JPEG's headers are not worth it."""
+    return options.store == "auto" and 3 * size[0] * size[1] <= _SMALL_RAW
 
 
 def _raw_is_better(size: tuple[int, int], jpeg_bytes: int) -> bool:

@@ -36,15 +36,16 @@ PAD = 256  # a block has at most 64 codes of 26 bits, 208 bytes
 END = 96  # step of an end of block: more than any run reaches, so that the end is told from an overflow
 _KEY = 16 + 256
 
-# Order of coefficients in the stream, as places in the block; what lies behind a block goes to place 64.
-_ZIGZAG = np.full(256, 64, np.uint8)
-_ZIGZAG[:64] = sorted(range(64), key=lambda p: (s := p // 8 + p % 8, p // 8 if s % 2 else p % 8))
+# Order of coefficients in the stream, as places in the block.
+ZIGZAG = np.array(
+    sorted(range(64), key=lambda p: (s := p // 8 + p % 8, p // 8 if s % 2 else p % 8)), np.uint8
+)
 
 
 class Tables(NamedTuple):
     """Huffman tables by slot, for one thread. The first axis is the kind: 0 DC, 1 AC."""
 
-    zigzag: np.ndarray  # (256,) uint8
+    zigzag: np.ndarray  # (256,) uint8: ZIGZAG; what lies behind a block goes to place 64
     keys: np.ndarray  # (2, SLOTS, 272) uint8: 16 counts, then the symbols
     sizes: np.ndarray  # (2, SLOTS) int64: symbols in the key, -1: the slot is free
     turn: np.ndarray  # (2,) int64: the slot that is overwritten next
@@ -60,7 +61,7 @@ class Tables(NamedTuple):
 def new_tables() -> Tables:
     """Empty slots. A thread needs its own."""
     return Tables(
-        _ZIGZAG.copy(),
+        np.concatenate([ZIGZAG, np.full(192, 64, np.uint8)]),
         np.zeros((2, SLOTS, _KEY), np.uint8),
         np.full((2, SLOTS), -1, np.int64),
         np.zeros(2, np.int64),

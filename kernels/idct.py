@@ -125,11 +125,11 @@ def _two(v: _Lanes, x: list[Any]) -> list[Any]:
     return [v.sum(a, odd), v.difference(a, odd)]
 
 
-def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+def shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(_vector(_I32, len(lanes)), lanes))
 
 
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """Both 8 x 8 halves of eight vectors of 16, transposed."""
     for step in (1, 2, 4):
         result: list[Any] = [None] * 8
@@ -141,8 +141,8 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
                 # Lanes whose bit `step` differs from the row's change places with those of the row `step` further.
                 low.append(lane if not lane & step else 16 + (lane ^ step))
                 high.append(16 + lane if lane & step else lane ^ step)
-            result[i] = _shuffle(builder, rows[i], rows[i + step], low)
-            result[i + step] = _shuffle(builder, rows[i], rows[i + step], high)
+            result[i] = shuffle(builder, rows[i], rows[i + step], low)
+            result[i + step] = shuffle(builder, rows[i], rows[i + step], high)
         rows = result
     return rows
 
@@ -154,14 +154,14 @@ def _columns(builder: Any, rows: list[Any], wanted: tuple[int, ...]) -> list[Any
     while len(padded) > 1:  # join all rows to one long vector
         width = 16 * count // len(padded)
         padded = [
-            _shuffle(builder, padded[i], padded[i + 1], list(range(2 * width)))
+            shuffle(builder, padded[i], padded[i + 1], list(range(2 * width)))
             for i in range(0, len(padded), 2)
         ]
     joined = padded[0]
     columns = []
     for c in range(8):
         lanes = [16 * r + 8 * half + c for half in (0, 1) for r in range(count)]
-        columns.append(_shuffle(builder, joined, joined, lanes) if c in wanted else None)
+        columns.append(shuffle(builder, joined, joined, lanes) if c in wanted else None)
     return columns
 
 
@@ -182,7 +182,7 @@ def _load_rows(builder: Any, blocks: list[Any], quants: list[Any], wanted: tuple
                 for a in (block, quant)
             ]
             halves.append(builder.mul(*at))
-        both = _shuffle(builder, halves[0], halves[1], list(range(16)))
+        both = shuffle(builder, halves[0], halves[1], list(range(16)))
         rows.append(builder.sext(both, _vector(_I32, 16)))
     return rows
 
@@ -218,7 +218,7 @@ def _transform(points: _Points, inputs: tuple[int, ...], size: int) -> Any:
             wide = _Lanes(builder, 16)
             rows = [wide.rounded(row, _FRACTION - _KEPT + spare) for row in points(wide, rows)]
             if size == 8:
-                columns = _transposed(builder, rows)
+                columns = transposed(builder, rows)
                 columns = [c if i in inputs else None for i, c in enumerate(columns)]
             else:
                 columns = _columns(builder, rows, inputs)

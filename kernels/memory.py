@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 _I64 = ir.IntType(64)
 
 
-def _loader(width: int, result: Any, swap: bool = False) -> Any:
+def _loader(width: int, result: Any, swap: bool = False, signed: bool = False) -> Any:
     @intrinsic
     def load(typing, address):  # type: ignore[no-untyped-def]
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -29,7 +29,9 @@ def _loader(width: int, result: Any, swap: bool = False) -> Any:
             value = builder.load(pointer, align=1)
             if swap:
                 value = builder.bswap(value)
-            return value if width == 64 else builder.zext(value, _I64)
+            if width == 64:
+                return value
+            return builder.sext(value, _I64) if signed else builder.zext(value, _I64)
 
         return result(types.intp), generate
 
@@ -40,14 +42,17 @@ load_u8 = _loader(8, types.int64)
 load_u16 = _loader(16, types.int64)
 load_u32 = _loader(32, types.int64)
 load_i64 = _loader(64, types.int64)
+load_i16 = _loader(16, types.int64, signed=True)
 load_be64 = _loader(64, types.uint64, swap=True)
 
 
-def _storer(width: int) -> Any:
+def _storer(width: int, swap: bool = False) -> Any:
     @intrinsic
     def store(typing, address, value):  # type: ignore[no-untyped-def]
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             value = args[1] if width == 64 else builder.trunc(args[1], ir.IntType(width))
+            if swap:
+                value = builder.bswap(value)
             builder.store(value, builder.inttoptr(args[0], ir.IntType(width).as_pointer()), align=1)
             return context.get_dummy_value()
 
@@ -57,6 +62,7 @@ def _storer(width: int) -> Any:
 
 
 store_u8, store_u16, store_u32 = _storer(8), _storer(16), _storer(32)
+store_be32 = _storer(32, swap=True)
 
 
 @intrinsic
@@ -85,6 +91,26 @@ def copy32(typing, source, to):  # type: ignore[no-untyped-def]
         return builder.zext(builder.bitcast(mask, ir.IntType(32)), _I64)
 
     return types.int64(types.intp, types.intp), generate
+
+
+@intrinsic
+def lowest_set(typing, mask):  # type: ignore[no-untyped-def]
+    """The place of the lowest set bit of a uint64 that is not 0."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def bit_length(typing, value):  # type: ignore[no-untyped-def]
+    """Bits of a number that is not negative, 0 for 0."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.sub(ir.Constant(_I64, 64), builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0)))
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic
@@ -163,18 +189,22 @@ def address(array):
 
 __all__ = [
     "address",
+    "bit_length",
     "copy32",
     "copy_bytes",
     "inlined",
     "load_be64",
+    "load_i16",
     "load_i64",
     "load_u8",
     "load_u16",
     "load_u32",
     "lowest_bit",
+    "lowest_set",
     "nanoseconds",
     "part",
     "reverse16",
+    "store_be32",
     "store_u8",
     "store_u16",
     "store_u32",
