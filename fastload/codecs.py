@@ -30,6 +30,7 @@ from fastload.kernels import resize as kr
 from fastload.kernels import restart as ks
 from fastload.kernels.decode import new_work
 from fastload.kernels.huffman import ZIGZAG
+from fastload.kernels.raw import MORE_SCRATCH
 
 MAX_PIXELS = 300_000_000  # a decompression bomb is refused before it is decoded
 # What Pillow's decoders raise for damaged bytes: each format has its own habits.
@@ -233,10 +234,10 @@ def encode_anew(data: Any, quality: int) -> bytes | None:
         if scratch.size + out.size <= _KEPT:
             _LOCAL.memory = work, scratch, out
         status = ke.encode_anew(array, height, width, encoder, work, scratch, interval, lengths, out, result)
-        if status != ke.MORE_SCRATCH:
+        if status != MORE_SCRATCH:
             break
         scratch = np.empty(int(result[0]) * 5 // 4, np.uint8)
-    if status != ke.OK:
+    if status != ks.OK:
         return None
     head = bytearray(tables)
     frame = head.index(b"\xff\xc0") + 5
