@@ -65,6 +65,7 @@ def test_coefficients_are_scipys_rounded():
 def test_the_picture_is_as_near_to_the_source_as_by_pixels(data):
     height, width = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
     quality = data.draw(st.integers(30, 100))
+    few = min(height, width) < 16  # such a picture is mostly what its last block is filled up with
     source = encoded(
         picture(height, width, data.draw(st.integers(0, 3))),
         quality=data.draw(st.integers(60, 100)),
@@ -77,9 +78,8 @@ def test_the_picture_is_as_near_to_the_source_as_by_pixels(data):
     by_pixels = codecs.encode_jpeg(codecs.load_rgb(source), quality)
     truth, ours, theirs = shown(source), shown(made), shown(by_pixels)
     error, usual = ((ours - truth) ** 2).mean(), ((theirs - truth) ** 2).mean()
-    assert error < 1.1 * usual + 1.5, (error, usual)
-    if min(height, width) >= 16:  # a few pixels are mostly what the last block is filled up with
-        assert len(made) < 1.1 * len(by_pixels) + 60
+    assert error < (2 * usual + 20 if few else 1.1 * usual + 1.5), (error, usual)
+    assert len(made) < (1.5 if few else 1.1) * len(by_pixels) + 60
     # The same tables, and an index that crops can rely on.
     info, status = jpeg.parse(np.frombuffer(made, np.uint8))
     theirs_info, _ = jpeg.parse(np.frombuffer(by_pixels, np.uint8))
