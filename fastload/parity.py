@@ -37,8 +37,8 @@ TRAIN, EVAL = "train crop", "eval crop"
 PAIRS = ((FAST, PILLOW), (EXACT, PILLOW), (FAST, TORCHVISION), (EXACT, TORCHVISION), (TORCHVISION, PILLOW))
 # What is promised against Pillow, in levels of 255: the mean absolute error over all images is below ``mean``, that of each single
 # image is at most ``image`` (one wrong image must not hide among hundreds of right ones), and no channel is brighter or darker on
-# average by more than ``shift``. Exact holds for any image, fast for photographs: it repeats chroma samples, which shows at sharp
-# edges of colour. The README quotes this table.
+# average by more than ``shift``. Exact holds for any image, fast for photographs: it resizes chroma from fewer samples, which shows at
+# sharp edges of colour. The README quotes this table.
 TOLERANCES: dict[str, dict[str, float]] = {
     EXACT: {"mean": 1.0, "image": 1.0, "shift": 0.25},
     FAST: {"mean": 1.5, "image": 4.0, "shift": 0.5},

@@ -15,7 +15,7 @@ import numpy as np
 from fastload.kernels import crops, pixels, raw
 from fastload.kernels.crops import BAD_BOX, MORE_SCRATCH, OK, REASONS, UNSUPPORTED
 from fastload.kernels.decode import Work, new_work
-from fastload.kernels.jit import kernel
+from fastload.kernels.jit import slow_kernel
 from fastload.kernels.memory import address, nanoseconds
 
 __all__ = [
@@ -80,7 +80,7 @@ def new_thread(size: int = 1 << 21) -> Thread:
     return Thread(new_work(), np.empty(size, np.uint8), np.zeros(1, np.int64))
 
 
-@kernel
+@slow_kernel("the loader's kernel")
 def fill(file, rows, sources, table, paint, out, floats, thread, status, clock):
     """Fill the rows ``rows`` (n,) int64 of ``out`` (B, H, W, 3) uint8 from a mapped ``file`` (size,) uint8.
 

@@ -8,10 +8,14 @@ again by each process (about half a minute), and a warning says so once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import pickle
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +54,7 @@ def _find() -> CacheFolder:
 
 
 _FOLDER: CacheFolder | None = None
+_LONGEST = 300  # seconds after which a line about a compilation ends by itself: it must have failed
 _UNUSABLE = (OSError, EOFError, pickle.UnpicklingError)  # a full disk, or files that a crash has cut short
 _warned = False
 
@@ -70,11 +75,20 @@ def cache_folder() -> CacheFolder:
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile ``function`` when it is first called; it runs without the GIL."""
+    return _compiled(function, None)
+
+
+def slow_kernel(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The same for a kernel that takes long to compile: on a terminal or in a notebook a line says that ``what`` is being compiled."""
+    return lambda function: _compiled(function, what)
+
+
+def _compiled(function: Callable[..., Any], what: str | None) -> Callable[..., Any]:
     cached = cache_folder().writable
     compiled: Callable[..., Any] = numba.njit(nogil=True, cache=cached, error_model="numpy")(function)
     cache = getattr(compiled, "_cache", None)
     if cached and hasattr(cache, "load_overload") and hasattr(cache, "save_overload"):
-        _forgive(cache)
+        _forgive(cache, Waiting(what) if what else None)
     index = getattr(cache, "_cache_file", None)
     if hasattr(index, "_source_stamp"):
         index._source_stamp = (index._source_stamp, _sources())  # type: ignore[union-attr]
@@ -90,18 +104,50 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _forgive(cache: Any) -> None:
+class Waiting:
+    """A line on stderr that counts the seconds of a compilation, where somebody looks: on a terminal or in a notebook."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._done = threading.Event()
+
+    def start(self) -> None:
+        """Begin to count; on a pipe or in a file nothing is written."""
+        self._done = threading.Event()
+        if sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            threading.Thread(target=self._run, args=(self._done,), daemon=True).start()
+
+    def stop(self) -> None:
+        """The kernel is there, or will not be."""
+        self._done.set()
+
+    def _run(self, done: threading.Event) -> None:
+        began = time.monotonic()
+        while True:
+            seconds = time.monotonic() - began
+            sys.stderr.write(f"\rfastload: compiling {self.what} for this machine, once: {seconds:.0f} s ")
+            sys.stderr.flush()
+            if done.wait(1.0) or seconds > _LONGEST:
+                break
+        sys.stderr.write("\n")
+
+
+def _forgive(cache: Any, waiting: Waiting | None) -> None:
     """Make a cache that breaks later cost time only: numba would let its error out of the kernel's call."""
     load, save = cache.load_overload, cache.save_overload
 
     def load_or_compile(*arguments: Any) -> Any:
-        try:
-            return load(*arguments)
-        except _UNUSABLE:
-            return None
+        found = None
+        with contextlib.suppress(*_UNUSABLE):
+            found = load(*arguments)
+        if found is None and waiting is not None:
+            waiting.start()
+        return found
 
     def save_or_warn(*arguments: Any) -> None:
         global _warned
+        if waiting is not None:
+            waiting.stop()
         try:
             save(*arguments)
         except _UNUSABLE as error:

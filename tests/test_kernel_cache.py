@@ -184,3 +184,33 @@ def test_a_kernel_is_compiled_again_when_a_part_of_it_has_changed(site, tmp_path
     changed = own / "fastload" / "kernels" / "one.py"
     changed.write_text(changed.read_text().replace("41", "42"))
     assert [ask(), ask()] == [["42", "0"], ["42", "1"]]
+
+
+def test_a_long_compilation_is_announced_where_somebody_looks(monkeypatch):
+    """On a terminal; a pipe or a file gets nothing. It ends with the compilation."""
+    import io
+    import threading
+    import time
+
+    from fastload.kernels.jit import Waiting
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, words in (
+        (Terminal(), "compiling the kernel for this machine, once: 0 s"),
+        (io.StringIO(), ""),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        before = threading.active_count()
+        waiting = Waiting("the kernel")
+        waiting.start()
+        time.sleep(0.05)
+        waiting.stop()
+        deadline = time.monotonic() + 5
+        while threading.active_count() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() == before
+        assert words in stream.getvalue() and bool(words) == bool(stream.getvalue())
+        assert not words or stream.getvalue().endswith("\n")

@@ -1,7 +1,7 @@
 """fastload itself on the CPU, with its defaults and with ``decode="exact"``.
 
-The trade-off of the default: chroma is repeated instead of smoothed, and a box at least twice as large as the output is decoded
-at half size; "exact" gives Pillow's pixels.
+The trade-off of the default: chroma is resized from its own samples, and a box at least twice as large as the output is decoded at half
+size; "exact" gives Pillow's pixels.
 
 >>> make("cpu").load(work)
 """
