@@ -441,3 +441,39 @@ def test_an_index_that_lies_with_a_right_checksum_is_damage(tmp_path, small, cha
     (tmp_path / "liar.beton").write_bytes(data)
     with pytest.raises(DataError, match="truncated or damaged"):
         beton.Reader(tmp_path / "liar.beton")
+
+
+@pytest.mark.parametrize("store", ["jpeg", "raw", "mixed"])
+def test_spans_are_those_of_the_images_and_mark_the_damaged(tmp_path, beton_file, store):
+    """Metadata rows are overwritten at random: a span is marked where, and only where, the image itself is an error."""
+    path = beton_file(f"{store}.beton", store=store, count=24)
+    content = bytearray(open(path, "rb").read())
+    with beton.Reader(path) as reader:
+        row = reader.metadata.dtype.itemsize
+        begin = 24 + len(reader.fields) * 1041  # behind header and descriptors
+    rng = np.random.default_rng(3)
+    marked = whole = 0
+    for trial in range(60):
+        changed = bytearray(content)
+        for _ in range(rng.integers(0, 12)):
+            at = begin + row * int(rng.integers(0, 24)) + int(rng.integers(0, 13))  # of the image's 13 bytes
+            changed[at] = int(rng.choice([0, 1, 2, 255, int(rng.integers(0, 256))]))
+        damaged = tmp_path / f"{trial}.beton"
+        damaged.write_bytes(changed)
+        with beton.Reader(damaged) as reader:
+            order = rng.permutation(24)
+            spans = reader.spans(order)
+            for place, index in enumerate(order.tolist()):
+                try:
+                    image = reader.image(index)
+                except DataError:
+                    assert spans.starts[place] == -1 and spans.sizes[place] == 0
+                    marked += 1
+                    continue
+                start, size = int(spans.starts[place]), int(spans.sizes[place])
+                assert size == image.data.nbytes and bool(spans.raw[place]) == (image.mode == "raw")
+                assert spans.shapes[place].tolist() == [image.height, image.width]
+                assert np.shares_memory(reader.data[start : start + size], image.data) or size == 0
+                assert np.array_equal(reader.data[start : start + size], image.data)
+                whole += 1
+    assert marked > 20 and whole > 500
