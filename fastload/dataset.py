@@ -76,6 +76,11 @@ class Dataset(Sequence[dict[str, Any]]):
         return [reader.path for reader in self._readers]
 
     @property
+    def file_bytes(self) -> int:
+        """Bytes of all files together, as they were when they were opened."""
+        return sum(reader.size for reader in self._readers)
+
+    @property
     def is_view(self) -> bool:
         """Whether this shows some samples of its files, or all of them in another order."""
         return self._view is not None

@@ -143,8 +143,9 @@ class Loader:
                 "pin_threads needs Linux: this system cannot keep a thread on one core, got True"
             )
         self._pin = pinner() if pin_threads else None
-        size = sum(os.path.getsize(path) for path in self.dataset.paths)
-        self._too_large = size > (ram_bytes() or size)  # to stay in the page cache from epoch to epoch
+        self._too_large = self.dataset.file_bytes > (
+            ram_bytes() or self.dataset.file_bytes
+        )  # to stay in the page cache from epoch to epoch
         self._read_ahead = True
         self._filler = Filler(self.dataset, self.plan, seed, engine_of_threads, self._replace)
         try:

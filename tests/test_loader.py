@@ -550,3 +550,10 @@ def test_reading_ahead_brings_a_file_into_the_page_cache(tmp_path):
             break
         time.sleep(0.02)
     assert 2_000_000 / (1 << 23) <= share < 0.6
+
+
+def test_a_file_that_was_deleted_after_it_was_opened_is_still_loaded(beton_file):
+    path = beton_file("gone.beton")
+    ds = dataset.open(path)
+    os.unlink(path)
+    assert sum(len(b.label) for b in Loader(ds, 8, transforms=T.eval(24))) == 20

@@ -29,6 +29,7 @@ def test_the_tables_are_the_committed_result():
     assert block.count("\n|---") == 2  # no table but those
     for record in records:
         assert markdown([record]) in PAGE
+        assert all(f"- **{row['title']}**: {row['settings']}\n" in PAGE for row in record["rows"])
         assert all(row["check"]["passed"] and row["figure"]["n"] >= MIN_ROUNDS for row in record["rows"])
 
 
