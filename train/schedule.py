@@ -15,10 +15,7 @@ from collections.abc import Callable, Sequence
 from fastload.train.config import Config
 
 RISE = 0.3  # share of the steps in which one_cycle rises, unless warmup_epochs says otherwise
-START, END = (
-    1 / 25,
-    1 / 250_000,
-)  # shares of the peak at which one_cycle begins and ends: those of torch's OneCycleLR
+START, END = 1 / 25, 1 / 250_000  # shares of the peak where one_cycle begins and ends, as in torch
 
 
 def make_schedule(cfg: Config, steps_per_epoch: int) -> Callable[[int, Sequence[float]], float]:
@@ -40,40 +37,35 @@ def make_schedule(cfg: Config, steps_per_epoch: int) -> Callable[[int, Sequence[
         rise = RISE * total if cfg.warmup_epochs is None else cfg.warmup_epochs * steps_per_epoch
         return lambda step, scores: _one_cycle(step, total, rise, max(END, cfg.min_lr))
 
+    fall = max(1, total - warmup)
+
     def factor(step: int, scores: Sequence[float]) -> float:
-        done = max(0, step - warmup)
+        rise = (step + 1) / warmup if step < warmup else 1.0
+        done = min(fall, max(0, step - warmup))
         if cfg.schedule == "cosine":
-            share = _cosine(done, total - warmup)
-        elif cfg.schedule == "cosine_restarts":
-            share = _cosine(done, total - warmup, cfg.cycles)
+            share = _cosine(done / fall)
+        elif cfg.schedule == "cosine_restarts":  # in whole numbers, so that each cycle begins where it should
+            share = _cosine(done * cfg.cycles % fall / fall) if done < fall else 0.0
         elif cfg.schedule == "polynomial":
-            share = max(0.0, 1 - done / max(1, total - warmup)) ** cfg.power
+            share = (1 - done / fall) ** cfg.power
         else:
-            return _rise(step, warmup) * max(
-                cfg.min_lr, cfg.gamma ** _drops(cfg, step / steps_per_epoch, scores)
-            )
-        return _rise(step, warmup) * (cfg.min_lr + (1 - cfg.min_lr) * share)
+            return rise * max(cfg.min_lr, cfg.gamma ** _drops(cfg, step, steps_per_epoch, scores))
+        return rise * (cfg.min_lr + (1 - cfg.min_lr) * share)
 
     return factor
 
 
-def _rise(step: int, warmup: int) -> float:
-    return (step + 1) / warmup if step < warmup else 1.0
+def _cosine(done: float) -> float:
+    """From 1 at 0 to 0 at 1."""
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _cosine(done: int, total: int, cycles: int = 1) -> float:
-    """From 1 to 0 in each of ``cycles``; 0 from step ``total`` on. In whole numbers, so that cycles begin where they should."""
-    if done >= total > 0:
-        return 0.0
-    return 0.5 * (1 + math.cos(math.pi * (done * cycles % max(1, total)) / max(1, total)))
-
-
-def _drops(cfg: Config, epochs: float, scores: Sequence[float]) -> int:
-    """How often the rate has been lowered ``epochs`` after the start."""
+def _drops(cfg: Config, step: int, steps_per_epoch: int, scores: Sequence[float]) -> int:
+    """How often the rate has been lowered before ``step``."""
     if cfg.schedule == "step":
-        return int(epochs / cfg.step_epochs)
+        return step // max(1, round(cfg.step_epochs * steps_per_epoch))
     if cfg.schedule == "multi_step":
-        return sum(epochs >= milestone for milestone in cfg.milestones)
+        return sum(step >= round(milestone * steps_per_epoch) for milestone in cfg.milestones)
     if cfg.schedule == "plateau":
         return _plateaus(scores, cfg.plateau_epochs)
     return 0
@@ -94,11 +86,7 @@ def _plateaus(scores: Sequence[float], patience: int) -> int:
 
 def _one_cycle(step: int, total: int, rise: float, end: float) -> float:
     """Up over ``rise`` steps, down over the rest; the last step uses ``end``."""
-    top = rise - 1
+    top = max(0.0, rise - 1)
     if step < top:
-        return _between(START, 1.0, step / top)
-    return _between(1.0, end, min(1.0, (step - top) / (total - 1 - top)))
-
-
-def _between(start: float, end: float, share: float) -> float:
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+        return 1 + (START - 1) * _cosine(step / top)
+    return end + (1 - end) * _cosine(min(1.0, (step - top) / max(1e-9, total - 1 - top)))
