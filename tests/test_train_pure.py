@@ -14,10 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 from fastload.errors import DataError, UsageError
-from fastload.train import checkpoint, metrics
+from fastload.train import checkpoint
 from fastload.train.config import Config, differences
 from fastload.train.ema import Ema, decay_at
 from fastload.train.files import write_atomic, write_csv, write_json
@@ -117,29 +116,6 @@ def test_ema_decay_is_warmed_up():
     values = [decay_at(t, 0.999) for t in range(1, 20_000)]
     assert values[0] == pytest.approx(2 / 11)
     assert values == sorted(values) and values[-1] == 0.999
-
-
-# --- metrics
-
-
-@SLOW_MACHINE
-@given(st.integers(2, 7), st.integers(1, 60), st.integers(0, 2**32 - 1))
-def test_metrics_equal_scikit_learn(classes, n, seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, n)
-    probs = rng.dirichlet(np.ones(classes), n)
-    got = metrics.summary(labels, probs)
-    predicted = probs.argmax(1)
-    assert got["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
-    assert got["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
-    oracle = log_loss(labels, probs, labels=np.arange(classes))
-    assert got["loss"] == pytest.approx(oracle, rel=1e-6)
-    table = metrics.confusion(labels, predicted, classes)
-    assert (table == confusion_matrix(labels, predicted, labels=np.arange(classes))).all()
-
-
-def test_log_loss_of_a_certain_mistake_is_finite():
-    assert 80 < metrics.log_loss(np.array([0]), np.array([[0.0, 1.0]], dtype=np.float32)) < 100
 
 
 # --- split
