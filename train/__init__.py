@@ -1,10 +1,12 @@
-"""A lean trainer for timm models: one split, one run folder, figures that are true.
+"""A lean trainer for timm models: honest splits, one run folder, figures that are true.
 
 ``Trainer(Config(model="resnet18", epochs=20)).fit("photos.beton", out="runs/photos")`` learns and keeps the best and the
-last checkpoint; ``predict("runs/photos", "test.beton", out="out.csv")`` writes class probabilities. The trade-off: one
-device and one label per image; whoever needs more has :class:`fastload.Loader` and a loop of their own (``examples/``).
+last checkpoint; ``cross_validate`` does so for each fold; ``Ensemble([cv1, cv2]).search("macro_f1").predict("test.beton")`` puts
+several together. The trade-off: image classification only; whoever needs more has :class:`fastload.Loader` and a loop of their
+own (``examples/``).
 
-Reading order: ``config`` (what can be chosen), ``step`` (one batch), ``trainer`` (the loop); the rest are pure functions.
+Reading order: ``config`` (what can be chosen), ``step`` (one batch), ``trainer`` (the loop), ``cv`` (folds), ``predictions`` (what
+all later steps work on); the rest are pure functions.
 """
 
 from __future__ import annotations
@@ -14,30 +16,44 @@ from typing import TYPE_CHECKING, Any
 
 # Loaded on first use, so that `fastload train --help` need not wait for torch.
 _LAZY = {
+    "Callback": "callbacks",
     "Config": "config",
-    "Predictions": "predict",
+    "CvRun": "cv",
+    "Ensemble": "ensemble",
+    "Folds": "folds",
+    "Predictions": "predictions",
     "Run": "runs",
     "Step": "step",
     "Trainer": "trainer",
     "create_model": "model",
+    "cross_validate": "cv",
     "eval_pipeline": "data",
     "load_run": "runs",
+    "make_folds": "folds",
     "make_step": "step",
     "pick_device": "model",
     "predict": "predict",
+    "read_run": "cv",
     "train_pipeline": "data",
 }
 
 __all__ = [*_LAZY]  # pyright: ignore
 
 if TYPE_CHECKING:
+    from fastload.train.callbacks import Callback as Callback
     from fastload.train.config import Config as Config
+    from fastload.train.cv import CvRun as CvRun
+    from fastload.train.cv import cross_validate as cross_validate
+    from fastload.train.cv import read_run as read_run
     from fastload.train.data import eval_pipeline as eval_pipeline
     from fastload.train.data import train_pipeline as train_pipeline
+    from fastload.train.ensemble import Ensemble as Ensemble
+    from fastload.train.folds import Folds as Folds
+    from fastload.train.folds import make_folds as make_folds
     from fastload.train.model import create_model as create_model
     from fastload.train.model import pick_device as pick_device
-    from fastload.train.predict import Predictions as Predictions
     from fastload.train.predict import predict as predict
+    from fastload.train.predictions import Predictions as Predictions
     from fastload.train.runs import Run as Run
     from fastload.train.runs import load_run as load_run
     from fastload.train.step import Step as Step

@@ -68,6 +68,37 @@ def load(path: str | Path) -> dict[str, Any]:
     return dict(state)
 
 
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """A model's state dict from one of our checkpoints, a file of torch's (weights only, no code) or ``.safetensors``."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has errors of its own
+        raise DataError(
+            f"{path} holds no weights that can be read ({str(error)[:120]}); use another file"
+        ) from error
+    if isinstance(state, dict) and "fastload_checkpoint" in state:
+        return kept_weights(state)
+    for name in ("state_dict_ema", "state_dict", "model", "weights"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+            break
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise DataError(f"{path} is no state dict of tensors; save model.state_dict() with torch.save")
+    return state
+
+
+def kept_weights(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights to predict with: ``best.pt`` has only those, ``last.pt`` has all that the next step needs."""
+    if "weights" in state:
+        return dict(state["weights"])
+    return dict(state["step"]["ema"] or state["step"]["model"])
+
+
 def plain(value: Any) -> Any:
     """``value`` as dicts, lists, tuples, strings, numbers and detached CPU tensors; TypeError for anything else."""
     if isinstance(value, torch.Tensor):

@@ -176,9 +176,7 @@ class Config:
                 f"warm-up must end before the last epoch ({self.epochs} epochs); lower warmup_epochs, got {self.warmup_epochs!r}"
             )
         if self.schedule == "multi_step" and not self.milestones:
-            raise UsageError(
-                "schedule multi_step needs milestones, for example --milestones 10,15, got ()"
-            )
+            raise UsageError("schedule multi_step needs milestones, for example --milestones 10,15, got ()")
         if self.start_size is not None and self.start_size > self.size:
             raise UsageError(f"start_size must be at most size ({self.size}), got {self.start_size!r}")
         if self.pretrained and self.weights is not None:
@@ -251,9 +249,7 @@ class Config:
         except yaml.YAMLError as error:
             raise DataError(f"{path} is not YAML ({' '.join(str(error).split())[:160]})") from error
         if not isinstance(content, dict):
-            raise DataError(
-                f"{path} must hold one 'option: value' a line, got {type(content).__name__}"
-            )
+            raise DataError(f"{path} must hold one 'option: value' a line, got {type(content).__name__}")
         known = {spec.name: str(spec.type) for spec in fields(cls)}
         # YAML 1.1 reads 1e-3 as text.
         values = {

@@ -1,7 +1,7 @@
 """From files to what the loop needs: two sides with one numbering of the classes, and the pipelines they go through.
 
 Everything that can be wrong with the labels is said here, before the first batch: no label, one class only, a class
-that training has never seen, images of one group on both sides.
+that training has never seen, images of one group on both sides, look-alikes on both sides.
 
 >>> split = make_split("train.beton", None, cfg); split.train, split.valid, split.classes
 """
@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 import fastload
 from fastload import transforms as T
+from fastload.check import duplicate_groups, guard
 from fastload.dataset import Dataset
 from fastload.errors import DataError, UsageError, unknown
 from fastload.train.config import Config
-from fastload.train.split import holdout
+from fastload.train.folds import Folds, make_folds
 
 _MOST_CLASSES = 1_000_000  # beyond it a label is an identifier, and a model for it would not fit anywhere
 
@@ -32,8 +33,26 @@ class TrainWarning(UserWarning):
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """A dataset with what a split needs to know of it.
+
+    ``labels``: (N,) int64 numbers of ``classes``, or (N, C) float32 of 0 and 1 if ``multilabel``. ``groups``: (N,) text or None.
+    """
+
+    data: Dataset
+    labels: np.ndarray
+    classes: list[str]
+    group_field: str | None
+    groups: np.ndarray | None
+
+    @property
+    def multilabel(self) -> bool:
+        return self.labels.ndim == 2
+
+
+@dataclass(frozen=True)
 class Split:
-    """Two sides of one training. Labels are (N,) int64 numbers of ``classes``, on both sides alike."""
+    """Two sides of one training. Labels are numbers of ``classes``, on both sides alike: see :class:`Labelled`."""
 
     train: Dataset
     valid: Dataset
@@ -44,14 +63,19 @@ class Split:
     train_groups: np.ndarray | None
     valid_groups: np.ndarray | None
 
+    @property
+    def multilabel(self) -> bool:
+        return self.train_labels.ndim == 2
+
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
         """(id, fold, group, label) of every image, the training side first."""
         for fold, data, labels, groups in (
             ("train", self.train, self.train_labels, self.train_groups),
             ("valid", self.valid, self.valid_labels, self.valid_groups),
         ):
-            for i, (id, label) in enumerate(zip(data.ids, labels)):
-                yield str(id), fold, "" if groups is None else str(groups[i]), self.classes[label]
+            names = label_names(labels, self.classes)
+            for i, (id, label) in enumerate(zip(data.ids, names)):
+                yield str(id), fold, "" if groups is None else str(groups[i]), label
 
     def digest(self) -> str:
         """Changes when an image, its side or its label changes."""
@@ -61,32 +85,122 @@ class Split:
         return sha.hexdigest()
 
 
-def make_split(train: Dataset | str | Path, valid: Dataset | str | Path | None, cfg: Config) -> Split:
-    """The two sides: ``valid`` as given, or held out of ``train`` as ``cfg`` says. DataError for labels of no use."""
-    data = open_data(train)
-    labels = numeric_labels(data)
-    classes = class_names(data, labels)
-    field = group_field(data, cfg.groups)
-    groups = None if field is None else field_values(data, field)
+def label_names(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """The label of each image as text; several are joined by a blank."""
+    if labels.ndim == 2:
+        return [" ".join(classes[i] for i in np.flatnonzero(row > 0.5)) for row in labels]
+    return [classes[label] for label in labels.tolist()]
+
+
+def read_labelled(data: Dataset | str | Path, groups: str = "auto") -> Labelled:
+    """Open ``data`` and read labels, class names and groups. DataError for labels of no use."""
+    opened = open_data(data)
+    labels = read_labels(opened)
+    classes = class_names(opened, labels)
+    name, values = group_values(opened, groups)
+    return Labelled(opened, labels, classes, name, values)
+
+
+def make_split(
+    train: Dataset | str | Path, valid: Dataset | str | Path | None, cfg: Config, *, checked: bool = False
+) -> Split:
+    """The two sides: ``valid`` as given, from the saved split of ``cfg``, or held out as ``cfg`` says.
+
+    DataError for labels of no use, and for a split that probably leaks unless ``cfg.allow_leak``; ``checked`` says that the
+    caller has looked for leaks already.
+    """
+    saved = valid is None and cfg.split is not None  # such a split knows its groups
+    whole = read_labelled(train, "none" if saved else cfg.groups)
+    if not whole.multilabel:
+        _check_classes(whole.labels, whole.classes)
     if valid is not None:
-        other = open_data(valid)
-        _check_apart(data, other)
-        other_labels = match_labels(other, classes)
-        other_groups = None
-        if groups is not None and field in other.fields:
-            other_groups = field_values(other, str(field))
-            _check_groups(groups, other_groups, str(field))
-        split = Split(data, other, labels, other_labels, classes, field, groups, other_groups)
+        split = _given_sides(whole, open_data(valid))
+    elif saved:
+        split = _saved_sides(whole, cfg)
     else:
-        _check_classes(labels, classes)
-        inside, held = holdout(labels, cfg.valid_fraction, cfg.seed, groups)
-        split = Split(
-            data.subset(inside), data.subset(held), labels[inside], labels[held], classes, field,
-            None if groups is None else groups[inside], None if groups is None else groups[held],
-        )  # fmt: skip
-    _check_classes(split.train_labels, classes)
+        if cfg.fold:
+            raise UsageError(
+                f"a fold needs a saved split; give it with --split, or leave --fold out, got {cfg.fold}"
+            )
+        split = take_sides(whole, *folds_of(whole, "holdout", cfg).sides(0))
+    if not split.multilabel:
+        _check_classes(split.train_labels, split.classes)
     _warn_missing(split)
+    if not checked and not cfg.allow_leak:
+        sides = [split.train, split.valid]
+        refuse_leaks(
+            sides, [np.full(len(side), i) for i, side in enumerate(sides)], [split.train_labels, split.valid_labels],
+            split.group_field, cfg.threads,
+        )  # fmt: skip
     return split
+
+
+def folds_of(whole: Labelled, scheme: str, cfg: Config, **options: Any) -> Folds:
+    """A new split of the data: see :func:`fastload.train.folds.make_folds`."""
+    return make_folds(
+        [str(id) for id in whole.data.ids], whole.labels, whole.classes, scheme=scheme, fraction=cfg.valid_fraction,
+        groups=whole.groups, seed=cfg.seed, **options,
+    )  # fmt: skip
+
+
+def take_sides(whole: Labelled, inside: np.ndarray, held: np.ndarray) -> Split:
+    """The split of ``whole`` at sorted positions."""
+    groups = whole.groups
+    return Split(
+        whole.data.subset(inside), whole.data.subset(held), whole.labels[inside], whole.labels[held], whole.classes,
+        whole.group_field, None if groups is None else groups[inside], None if groups is None else groups[held],
+    )  # fmt: skip
+
+
+def refuse_leaks(
+    datas: Sequence[Dataset], folds: Sequence[np.ndarray], labels: Sequence[np.ndarray], group_field: str | None,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """DataError if images of different folds look as if they belong together; a warning where groups were respected."""
+    found = guard(datas, folds, labels=labels, threads=threads)
+    if not found:
+        return
+    text = "; ".join(found)
+    if group_field is not None:
+        warnings.warn(
+            f"groups by {group_field!r} are kept apart, and still: {text}; --groups {group_field}+duplicates keeps look-alikes "
+            "together too",
+            TrainWarning,
+            stacklevel=3,
+        )
+        return
+    raise DataError(
+        f"this split probably leaks, so its score would be too good: {text}. Keep together what belongs together with --groups "
+        "FIELD, --groups parent (one folder) or --groups duplicates (look-alikes), or say --allow-leak; 'fastload check' shows "
+        "the images"
+    )
+
+
+def _saved_sides(whole: Labelled, cfg: Config) -> Split:
+    """The sides of fold ``cfg.fold`` of the saved split."""
+    folds = Folds.load(str(cfg.split)).match([str(id) for id in whole.data.ids])
+    if cfg.fold >= folds.count:
+        raise UsageError(f"{cfg.split} has {folds.count} folds, numbered from 0, got --fold {cfg.fold}")
+    groups = None if folds.groups is None else np.array(folds.groups)
+    known = replace(whole, groups=groups, group_field=None if groups is None else cfg.groups)
+    return take_sides(known, *folds.sides(cfg.fold))
+
+
+def _given_sides(whole: Labelled, other: Dataset) -> Split:
+    data, classes, field = whole.data, whole.classes, whole.group_field
+    _check_apart(data, other)
+    other_labels = match_labels(other, classes)
+    if other_labels.ndim != whole.labels.ndim:
+        raise DataError(
+            f"{other.path} and {data.path} must both have one label an image or both several; convert them alike"
+        )
+    other_groups = None
+    if whole.groups is not None and (
+        field in other.fields or field == "parent"
+    ):  # values that mean the same in both
+        other_groups = _one_grouping(other, str(field))
+        _check_groups(whole.groups, other_groups, str(field))
+    return Split(data, other, whole.labels, other_labels, classes, field, whole.groups, other_groups)
 
 
 def open_data(data: Dataset | str | Path) -> Dataset:
@@ -97,17 +211,25 @@ def open_data(data: Dataset | str | Path) -> Dataset:
     return opened
 
 
-def numeric_labels(data: Dataset) -> np.ndarray:
-    """(N,) int64 labels. DataError: there are none, or they are not one class per image."""
+def read_labels(data: Dataset) -> np.ndarray:
+    """(N,) int64 labels, or (N, C) float32 of 0 and 1 where an image may have several. DataError: no label field, or of no use."""
     if "label" not in data.fields:
         raise DataError(
             f"{data.path} has no field 'label' (fields: {', '.join(data.fields)}); "
             "convert it again with --label-from or a label column"
         )
-    if data.fields["label"].kind != "int":
+    field = data.fields["label"]
+    if field.kind == "ndarray" and len(field.shape) == 1:
+        several = np.asarray(data.labels, dtype=np.float32)
+        if not np.isin(several, (0, 1)).all():
+            raise DataError(
+                f"{data.path} has labels other than 0 and 1 for several classes an image; convert it again"
+            )
+        return several
+    if field.kind != "int":
         raise DataError(
-            f"the labels of {data.path} are not one class per image; for several labels per image write a loop with "
-            f"fastload.Loader (examples/plain_loop.py), got a field of kind {data.fields['label'].kind!r}"
+            f"the labels of {data.path} are neither a class nor a vector of 0 and 1 for each image; convert it again with "
+            f"--label-from, got a field of kind {field.kind!r}"
         )
     labels = np.asarray(data.labels, dtype=np.int64)
     if labels.min() < 0:
@@ -119,44 +241,79 @@ def numeric_labels(data: Dataset) -> np.ndarray:
 
 def class_names(data: Dataset, labels: np.ndarray) -> list[str]:
     """Names of the classes, by number; the numbers themselves where the file has no names."""
-    highest = int(labels.max())
+    highest = labels.shape[1] - 1 if labels.ndim == 2 else int(labels.max())
     if not data.classes and highest >= _MOST_CLASSES:
         raise DataError(
             f"{data.path} has no class names and labels too large to be class numbers; number the classes from 0, "
             f"got {highest}"
         )
     names = [str(name) for name in data.classes] or [str(number) for number in range(highest + 1)]
-    if highest >= len(names):
+    if highest >= len(names) or (labels.ndim == 2 and highest + 1 != len(names)):
         raise DataError(f"{data.path} names {len(names)} classes and has a label beyond them, got {highest}")
     return names
 
 
 def match_labels(data: Dataset, classes: Sequence[str]) -> np.ndarray:
-    """(N,) int64 labels of ``data`` as numbers of ``classes``, matched by name. DataError for a class not in them."""
-    labels = numeric_labels(data)
+    """Labels of ``data`` as numbers (or columns) of ``classes``, matched by name. DataError for a class not in them."""
+    labels = read_labels(data)
     names = class_names(data, labels)
     number = {name: i for i, name in enumerate(classes)}
     table = np.array([number.get(name, -1) for name in names], dtype=np.int64)
-    matched = table[labels]
-    if (matched < 0).any():
-        strange = sorted({names[label] for label in np.unique(labels[matched < 0])})
+    used = labels.any(axis=0) if labels.ndim == 2 else np.isin(np.arange(len(names)), labels)
+    strange = sorted(names[i] for i in np.flatnonzero(used & (table < 0)))
+    if strange:
         raise DataError(
             f"{data.path} has classes that the training data lack; leave them out or train with them, "
             f"got {', '.join(repr(name) for name in strange[:5])}{' and more' if len(strange) > 5 else ''}"
         )
+    if labels.ndim == 1:
+        return table[labels]
+    matched = np.zeros((len(labels), len(classes)), np.float32)
+    matched[:, table[used]] = labels[:, used]
     return matched
 
 
-def group_field(data: Dataset, choice: str) -> str | None:
-    """The field named by ``choice``; ``auto`` is ``group`` where there is one, ``none`` is None."""
+def group_values(data: Dataset, choice: str) -> tuple[str | None, np.ndarray | None]:
+    """What belongs together as (name, (N,) text), or (None, None); ``choice`` as :class:`Config` has ``groups``."""
     if choice == "none" or (choice == "auto" and "group" not in data.fields):
-        return None
-    name = "group" if choice == "auto" else choice
-    if name not in data.fields:
-        raise unknown("group field", name, data.fields, f"it is not in {data.path}")
-    if data.fields[name].kind == "image" or name == "label":
-        raise UsageError(f"groups need a field that says which images belong together, got {name!r}")
-    return name
+        return None, None
+    if choice == "auto":
+        return "group", field_values(data, "group")
+    values = [_one_grouping(data, name) for name in choice.split("+")]
+    return choice, values[0] if len(values) == 1 else merge_groups(values)
+
+
+def _one_grouping(data: Dataset, name: str) -> np.ndarray:
+    if name in data.fields:
+        if data.fields[name].kind == "image" or name == "label":
+            raise UsageError(f"groups need a field that says which images belong together, got {name!r}")
+        return field_values(data, name)
+    if name == "parent":
+        parents = [str(PurePosixPath(str(source).replace("\\", "/")).parent) for source in data.sources]
+        if len(set(parents)) < 2:
+            raise UsageError(
+                f"all images of {data.path} come from one folder, so 'parent' makes no groups, got {name!r}"
+            )
+        return np.array(parents)
+    if name == "duplicates":
+        return np.array([str(number) for number in duplicate_groups(data).tolist()])
+    raise unknown("group field", name, [*data.fields, "parent", "duplicates"], f"it is not in {data.path}")
+
+
+def merge_groups(groupings: Sequence[np.ndarray]) -> np.ndarray:
+    """(N,) text: images belong together if any of the (N,) groupings says so, also through others."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    count = len(groupings[0])
+    numbers, at = [], count
+    for values in groupings:
+        number = np.unique(values, return_inverse=True)[1].reshape(-1)
+        numbers.append(number + at)
+        at += int(number.max()) + 1
+    rows, columns = np.tile(np.arange(count), len(groupings)), np.concatenate(numbers)
+    graph = coo_matrix((np.ones(len(rows), np.int8), (rows, columns)), shape=(at, at))
+    return connected_components(graph, directed=False)[1][:count].astype(str)
 
 
 def field_values(data: Dataset, name: str) -> np.ndarray:
@@ -210,11 +367,17 @@ def _check_classes(labels: np.ndarray, classes: Sequence[str]) -> None:
         )
 
 
+def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
+    """(C,) int64: images of each class."""
+    if labels.ndim == 2:
+        return (labels > 0.5).sum(axis=0)
+    return np.bincount(labels, minlength=classes)
+
+
 def _warn_missing(split: Split) -> None:
     count = len(split.classes)
-    train, valid = (np.bincount(side, minlength=count) for side in (split.train_labels, split.valid_labels))
-    for fold, counts in (("training", train), ("validation", valid)):
-        names = [repr(split.classes[i]) for i in np.flatnonzero(counts == 0)]
+    for fold, labels in (("training", split.train_labels), ("validation", split.valid_labels)):
+        names = [repr(split.classes[i]) for i in np.flatnonzero(class_counts(labels, count) == 0)]
         if names:
             shown = ", ".join(names[:5]) + (" and more" if len(names) > 5 else "")
             warnings.warn(
@@ -222,17 +385,32 @@ def _warn_missing(split: Split) -> None:
             )
 
 
-def train_pipeline(cfg: Config, mean: Sequence[float], std: Sequence[float]) -> tuple[Any, ...]:
-    """Transforms of the training side: crop as ``cfg.augment`` says, flip, normalise with (3,) mean and std, mixing."""
+def train_pipeline(
+    cfg: Config, mean: Sequence[float], std: Sequence[float], size: int | None = None
+) -> tuple[Any, ...]:
+    """Transforms of the training side: crop as ``cfg.augment`` says, flip, colour, normalise with (3,) mean and std, mixing.
+
+    ``size`` None is ``cfg.size``.
+    """
+    side = cfg.size if size is None else size
     crop: dict[str, tuple[Any, ...]] = {
-        "default": (T.RandomResizedCrop(cfg.size),),
-        "light": (T.Resize(cfg.size), T.RandomCrop(cfg.size, padding=max(1, cfg.size // 8))),
-        "none": (T.Resize(cfg.size), T.CenterCrop(cfg.size)),
+        "default": (T.RandomResizedCrop(side),),
+        "light": (T.Resize(side), T.RandomCrop(side, padding=max(1, side // 8))),
+        "none": (T.Resize(side), T.CenterCrop(side)),
     }
-    flip = (T.HorizontalFlip(),) if cfg.flip and cfg.augment != "none" else ()
-    mixup = (T.Mixup(cfg.mixup),) if cfg.mixup else ()
-    cutmix = (T.CutMix(cfg.cutmix),) if cfg.cutmix else ()
-    return (*crop[cfg.augment], *flip, T.Normalize(_triple(mean), _triple(std)), *mixup, *cutmix)
+    steps = list(crop[cfg.augment])
+    if cfg.flip and cfg.augment != "none":
+        steps.append(T.HorizontalFlip())
+    if cfg.jitter:
+        steps.append(T.ColorJitter(cfg.jitter, cfg.jitter, cfg.jitter))
+    if cfg.erasing:
+        steps.append(T.RandomErasing(cfg.erasing))
+    steps.append(T.Normalize(_triple(mean), _triple(std)))
+    if cfg.mixup:
+        steps.append(T.Mixup(cfg.mixup))
+    if cfg.cutmix:
+        steps.append(T.CutMix(cfg.cutmix))
+    return tuple(steps)
 
 
 def eval_pipeline(cfg: Config, mean: Sequence[float], std: Sequence[float]) -> tuple[Any, ...]:

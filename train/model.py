@@ -1,12 +1,16 @@
 """Models from timm, and the device and precision they run in.
 
->>> model = create_model("resnet18", num_classes=10); device = pick_device(None); resolve_amp("auto", device)
+>>> model = build_model(Config(model="resnet18"), num_classes=10); device = pick_device(None); resolve_amp("auto", device)
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -14,17 +18,102 @@ import torch
 from torch import nn
 
 from fastload.errors import UsageError, unknown
+from fastload.train import checkpoint
+from fastload.train.config import Config
+
+Given = (
+    nn.Module | Callable[[int], nn.Module]
+)  # a model of the user's own, or a function of the number of classes
 
 
-def create_model(name: str, num_classes: int, pretrained: bool = False, size: int | None = None) -> nn.Module:
-    """A timm classifier for 3-channel images with ``num_classes`` outputs.
+def build_model(cfg: Config, num_classes: int, given: Given | None = None) -> nn.Module:
+    """The model of ``cfg`` with its starting weights: timm's, or ``given`` (copied, so that each fold starts alike).
+
+    ``cfg.model`` may also be ``package.module:function``, where ``function(num_classes)`` makes the model.
+    """
+    if given is None and ":" in cfg.model:
+        given = _imported(cfg.model)
+    if given is not None:
+        model = copy.deepcopy(given) if isinstance(given, nn.Module) else given(num_classes)
+    elif cfg.model.startswith("<"):
+        raise UsageError(
+            f"the run was trained with a module of its own, which cannot be made from its name; give it as model=, got {cfg.model!r}"
+        )
+    else:
+        drops = {"drop_rate": cfg.drop, "drop_path_rate": cfg.drop_path}
+        used = {name: value for name, value in drops.items() if value}
+        model = create_model(cfg.model, num_classes, cfg.pretrained, cfg.size, **used)
+    if cfg.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise UsageError(f"gradient checkpointing needs a timm model, got {cfg.model!r}")
+        model.set_grad_checkpointing(True)
+    if cfg.weights is not None:
+        load_weights(model, cfg.weights)
+    return model
+
+
+def model_name(given: Given) -> str:
+    """What ``cfg.model`` says of a module or function that was given."""
+    return f"<{type(given).__name__ if isinstance(given, nn.Module) else getattr(given, '__qualname__', 'function')}>"
+
+
+def _imported(name: str) -> Callable[[int], nn.Module]:
+    module, _, function = name.partition(":")
+    try:
+        found: Callable[[int], nn.Module] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"a model of your own is 'package.module:function', importable here ({error}); got {name!r}"
+        ) from error
+    return found
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The classifier of a timm model, or the last module of another that has weights."""
+    if hasattr(model, "get_classifier"):
+        head = model.get_classifier()
+        if isinstance(head, nn.Module):
+            return head
+    heads = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    if not heads:
+        raise UsageError(f"a model without weights has no head to train, got {type(model).__name__}")
+    return heads[-1]
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Start ``model`` from a file: .safetensors, .pt or .pth (a state dict), or a run folder of fastload.
+
+    Weights of the head are left out where they are for other classes. UsageError: no such file, or weights of another model.
+    """
+    file = Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UsageError(
+            f"no weights at {file}; give a .pt, .pth or .safetensors file or a run folder, got {path!r}"
+        )
+    found = checkpoint.read_weights(file)
+    found = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in found.items()}
+    own = model.state_dict()
+    fitting = {k: v for k, v in found.items() if k in own and own[k].shape == v.shape}
+    head = {id(p) for p in head_of(model).parameters()}
+    open_names = {name for name, p in model.named_parameters() if name not in fitting and id(p) not in head}
+    if open_names:
+        raise UsageError(
+            f"the weights in {path} belong to another model: {len(open_names)} of {len(own)} tensors have no match "
+            f"(for example {min(open_names)!r}); give weights of the model that is trained, got {path!r}"
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def create_model(
+    name: str, num_classes: int, pretrained: bool = False, size: int | None = None, **options: Any
+) -> nn.Module:
+    """A timm classifier for 3-channel images with ``num_classes`` outputs; other ``options`` go to timm.
 
     ``size`` (pixels) is passed on to models that are built for one input size, such as vision transformers. UsageError:
     unknown name (with the nearest ones), no weights to be had, or a size the model cannot be built for.
     """
     if not timm.is_model(name):
         raise unknown("model", name, timm.list_models(), "see timm.list_models()")
-    options: dict[str, Any] = {}
     try:
         known = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # the model is there, the tag behind the dot is not
@@ -50,7 +139,7 @@ def create_model(name: str, num_classes: int, pretrained: bool = False, size: in
         raise UsageError(
             f"no pretrained weights for {name!r} could be had ({_first_line(error)}). Without a network: run "
             f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\" where there is one and copy "
-            "~/.cache/huggingface here, or leave --pretrained out to learn from scratch"
+            "~/.cache/huggingface here, give a file with --weights, or leave --pretrained out to learn from scratch"
         ) from error
 
 

@@ -22,7 +22,10 @@ from fastload.errors import DataError, UsageError
 from fastload.train import metrics
 from fastload.train.files import write_atomic, write_csv
 
-OOF, VALID = "oof.npz", "valid_probs.npz"  # pooled over the folds of a run; of the held-out side of one training
+OOF, VALID = (
+    "oof.npz",
+    "valid_probs.npz",
+)  # pooled over the folds of a run; of the held-out side of one training
 Metric = str | Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -120,7 +123,9 @@ class Predictions:
         """
         place = {id: i for i, id in enumerate(self.ids)}
         if len(place) != len(self.ids):
-            raise DataError(f"{len(self.ids) - len(place)} ids come more than once; give every image an id of its own")
+            raise DataError(
+                f"{len(self.ids) - len(place)} ids come more than once; give every image an id of its own"
+            )
         missing = [id for id in ids if id not in place]
         if missing:
             raise DataError(
@@ -166,10 +171,14 @@ class Predictions:
         if path.is_dir():
             found = [path / name for name in (OOF, VALID) if (path / name).is_file()]
             if not found:
-                raise UsageError(f"no {OOF} or {VALID} in {path}; give the folder of a finished run, got {str(path)!r}")
+                raise UsageError(
+                    f"no {OOF} or {VALID} in {path}; give the folder of a finished run, got {str(path)!r}"
+                )
             path = found[0]
         if not path.is_file():
-            raise UsageError(f"no predictions at {path}; give a run folder, an .npz or a .csv file, got {str(path)!r}")
+            raise UsageError(
+                f"no predictions at {path}; give a run folder, an .npz or a .csv file, got {str(path)!r}"
+            )
         return _read_csv(path) if path.suffix.lower() in (".csv", ".tsv") else _read_npz(path)
 
     def write_csv(self, path: str | Path) -> None:
@@ -200,7 +209,9 @@ def _read_npz(path: Path) -> Predictions:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
-        several = bool(found["multilabel"]) if "multilabel" in found else found.get("labels", np.zeros(0)).ndim == 2
+        several = (
+            bool(found["multilabel"]) if "multilabel" in found else found.get("labels", np.zeros(0)).ndim == 2
+        )
         return Predictions(
             [str(id) for id in found["ids"]], found["probs"].astype(np.float32), [str(name) for name in found["classes"]],
             *(found.get(name) for name in ("labels", "groups", "folds", "decided")), several,

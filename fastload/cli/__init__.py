@@ -27,8 +27,15 @@ COMMANDS = {
     "preview": "A PNG contact sheet, with or without augmentation.",
     "parity": "How far our pixels are from Pillow's and torchvision's, on your own images.",
     "bench": "Is the loader or the model the bottleneck?",
+    "check": "Leaks, look-alikes, label conflicts, drift: what would make a score false.",
+    "find-lr": "A learning rate, from a short rising run.",
     "train": "Train a timm model.",
-    "predict": "Class probabilities of a trained run, as CSV.",
+    "cv": "A model for each fold, and one true score.",
+    "tune": "Search options with Optuna.",
+    "predict": "Class probabilities or a submission file of trained runs.",
+    "report": "One HTML page about one or several runs.",
+    "export": "A trained run as ONNX and torch.export.",
+    "compete": "Check, folds, test-time augmentation, ensemble, submission and page in one command.",
 }
 
 
@@ -41,7 +48,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"fastload.cli.{name}")
+        module = importlib.import_module(f"fastload.cli.{name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 
