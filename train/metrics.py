@@ -118,8 +118,8 @@ def _counter(labels: np.ndarray, given: np.ndarray, classes: int) -> Callable[[n
     """A function from weights to counts."""
     if labels.ndim == 2:
         true, called = labels > 0.5, given > 0.5
-        columns = [part.astype(np.float64) for part in (true & called, called, true)]
-        return lambda w: Counts(*(w @ part for part in columns), float(w.sum()), True)
+        a, b, c = (part.astype(np.float64) for part in (true & called, called, true))
+        return lambda w: Counts(w @ a, w @ b, w @ c, float(w.sum()), True)
     right = labels == given
 
     def count(w: np.ndarray) -> Counts:
