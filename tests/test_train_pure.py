@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from fastload.errors import DataError, UsageError
 from fastload.train import checkpoint
 from fastload.train.config import Config, differences
-from fastload.train.ema import Ema, decay_at
 from fastload.train.files import write_atomic, write_csv, write_json
-from fastload.train.schedule import factor
 from fastload.train.split import holdout
 
 SLOW_MACHINE = settings(max_examples=60, deadline=None)  # a busy core is no reason to fail
@@ -65,57 +63,6 @@ def test_differences_ignore_what_does_not_change_the_weights():
     old = Config(epochs=3, threads=1, device="cpu")
     assert differences(old, Config(epochs=3, threads=2)) == {}
     assert differences(old, Config(epochs=4, device="cpu")) == {"epochs": (3, 4)}
-
-
-# --- schedule
-
-
-@SLOW_MACHINE
-@given(total=st.integers(1, 500), share=st.floats(0, 0.9))
-def test_schedule_is_torchs_linear_warm_up_and_cosine(total, share):
-    warmup = int(total * share)
-    param = torch.nn.Parameter(torch.zeros(1))
-    opt = torch.optim.SGD([param], lr=1.0)
-    parts = [torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(1, total - warmup))]
-    if warmup:
-        rise = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: (s + 1) / warmup)
-        parts = [rise, torch.optim.lr_scheduler.CosineAnnealingLR(opt, total - warmup)]
-    oracle = torch.optim.lr_scheduler.SequentialLR(opt, parts, milestones=[warmup] if warmup else [])
-    for step in range(total):
-        assert factor(step, total, warmup) == pytest.approx(opt.param_groups[0]["lr"], abs=1e-6)
-        assert factor(step, total, warmup) > 0
-        opt.step()
-        oracle.step()
-    assert factor(total, total, warmup) == 0
-
-
-# --- averaged weights
-
-
-def test_ema_averages_weights_and_copies_buffers():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    ema = Ema(model, decay=0.9)
-    oracle = {k: v.detach().clone().double() for k, v in model.named_parameters()}
-    for t in range(1, 40):
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn_like(p))
-        model(torch.randn(8, 3))
-        ema.update(model, t)
-        d = min(0.9, (1 + t) / (10 + t))
-        oracle = {k: d * oracle[k] + (1 - d) * v.detach().double() for k, v in model.named_parameters()}
-    for k, v in ema.model.named_parameters():
-        torch.testing.assert_close(v.double(), oracle[k], rtol=1e-4, atol=1e-5)
-    assert torch.equal(ema.model[1].running_mean, model[1].running_mean)
-    assert torch.equal(ema.model[1].num_batches_tracked, model[1].num_batches_tracked)
-    assert not ema.model.training and model.training
-
-
-def test_ema_decay_is_warmed_up():
-    values = [decay_at(t, 0.999) for t in range(1, 20_000)]
-    assert values[0] == pytest.approx(2 / 11)
-    assert values == sorted(values) and values[-1] == 0.999
 
 
 # --- split
