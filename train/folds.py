@@ -97,17 +97,14 @@ class Folds:
             _check_unique(names, f"the {where}")
         place = {id: i for i, id in enumerate(self.ids)}
         missing, extra = [id for id in ids if id not in place], sorted(set(self.ids) - set(ids))
-        if missing or extra:
-            said = [
-                f"{len(odd)} of {what} (for example {', '.join(map(repr, odd[:3]))})"
-                for odd, what in (
-                    (missing, "the images are not in it"),
-                    (extra, "its images are not in the data"),
-                )
-                if odd
-            ]
+        said = [
+            f"{what} {len(odd)} images (for example {', '.join(map(repr, odd[:3]))})"
+            for what, odd in (("it lacks", missing), ("the data lack", extra))
+            if odd
+        ]
+        if said:
             raise DataError(
-                f"the split belongs to other images: {' and '.join(said)}; make a new one, "
+                f"the split is of other images: {' and '.join(said)}; make a new one, "
                 f"got {len(ids)} images and a split of {len(self)}"
             )
         order = [place[id] for id in ids]
@@ -133,25 +130,21 @@ class Folds:
             raise UsageError(
                 f"no split at {path}; give a file with columns {', '.join(_COLUMNS)}, got {str(path)!r}"
             )
-        rows: list[tuple[str, int, str, str]] = []
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file)
-                lacking = [name for name in ("id", "fold", "label") if name not in (reader.fieldnames or ())]
-                if lacking:
+                head = reader.fieldnames or ()
+                if not {"id", "fold", "label"} <= set(head):
                     raise DataError(
-                        f"{path} lacks {' and '.join(lacking)}; a split has columns {', '.join(_COLUMNS)}, "
-                        f"got {', '.join(reader.fieldnames or ())!r}"
+                        f"{path} is no split: it needs columns {', '.join(_COLUMNS)}, got {', '.join(head)!r}"
                     )
-                for row in reader:  # not a comprehension: the length tells the line of an error
-                    group, label = row.get("group") or "", row["label"] or ""
-                    rows.append((row["id"], _fold_number(row["fold"]), group, label))  # noqa: PERF401
+                rows = [
+                    (row["id"], _fold_number(row["fold"], f"{path}, line {reader.line_num}"), row.get("group") or "",
+                     row["label"] or "")
+                    for row in reader
+                ]  # fmt: skip
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path} is no CSV file in UTF-8 ({error}); write it anew") from error
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {len(rows) + 2}: a fold is a number from -1, 'train' or 'valid', {error}"
-            ) from error
         return _from_rows(rows, path)
 
     # -- for people ------------------------------------------------------------------------------------------------
@@ -179,33 +172,32 @@ def _check_unique(ids: Iterable[str], where: str) -> None:
         )
 
 
-def _fold_number(text: str | None) -> int:
-    number = _SIDES[text] if text in _SIDES else int(text or "")
-    if number < -1:
-        raise ValueError(f"got {text!r}")
-    return number
+def _fold_number(text: str | None, where: str) -> int:
+    if text in _SIDES:
+        return _SIDES[text]
+    if re.fullmatch(r"-1|\d+", text or "") is None:
+        raise DataError(f"{where}: a fold is a number from 0, or -1, 'train' or 'valid', got {text!r}")
+    return int(text or "")
 
 
-def _from_rows(rows: list[tuple[str, int, str, str]], path: Path) -> Folds:
+def _from_rows(rows: Sequence[tuple[str, int, str, str]], path: Path) -> Folds:
     """The table of a file: the n-th row of an id is its fold in repeat n."""
-    place: dict[str, int] = {}
-    table: list[dict[int, int]] = []  # for each repeat the fold at each place
-    times: Counter[str] = Counter()
-    for id, fold, _, _ in rows:
-        if times[id] == len(table):
-            table.append({})
-        table[times[id]][place.setdefault(id, len(place))] = fold
-        times[id] += 1
-    numbers = [fold for row in table for fold in set(row.values()) if fold >= 0]
-    if len(set(map(len, table))) > 1 or len(set(numbers)) < len(numbers):
-        # A true repeat has all images and fold numbers of its own.
+    times = Counter(row[0] for row in rows)
+    ids = list(times)  # in the order of the file
+    place = {id: i for i, id in enumerate(ids)}
+    first: dict[str, tuple[str, str]] = {}
+    folds = np.full((max(times.values(), default=0), len(ids)), -2, dtype=np.int64)
+    for id, fold, group, label in reversed(rows):
+        times[id] -= 1
+        folds[times[id], place[id]] = fold
+        first[id] = group, label
+    numbers = [k for row in folds for k in np.unique(row).tolist() if k >= 0]
+    if (folds == -2).any() or len(set(numbers)) < len(
+        numbers
+    ):  # a true repeat has every image, and folds of its own
         _check_unique((row[0] for row in rows), str(path))
-    first = {row[0]: row for row in reversed(rows)}
-    groups = [first[id][2] for id in place]
-    folds = np.array([[row[i] for i in range(len(place))] for row in table], dtype=np.int64).reshape(
-        len(table), -1
-    )
-    return Folds(list(place), folds, [first[id][3] for id in place], groups if any(groups) else None, "given")
+    groups = [first[id][0] for id in ids]
+    return Folds(ids, folds, [first[id][1] for id in ids], groups if any(groups) else None, "given")
 
 
 # -- making a split ----------------------------------------------------------------------------------------------------
@@ -254,16 +246,22 @@ def make_folds(
             raise UsageError(f"{name} must have one value for each of {len(ids)} images, got {len(column)}")
     if not len(ids):
         raise DataError("there are no images to divide; give some, got 0")
-    texts = None if groups is None else [str(value) for value in groups.tolist()]
+    texts = None if groups is None else [str(value) for value in np.asarray(groups).tolist()]
     if given is not None:
         table = _numbered(given)[None]
     else:
         order = np.argsort(np.array(classes, dtype=str), kind="stable")
         sorted_labels = labels[:, order] if labels.ndim == 2 else np.argsort(order)[labels]
-        rngs = [np.random.default_rng([seed, r]) for r in range(repeats)]
-        table = np.stack([_one(scheme, sorted_labels, texts, folds, fraction, rng) for rng in rngs])
-        per_repeat = 1 if scheme == "holdout" else folds
-        table[table >= 0] += np.repeat(np.arange(repeats) * per_repeat, (table >= 0).sum(axis=1))
+        unit = None
+        if texts is not None and scheme in ("group", "stratified_group", "holdout"):
+            names = [name or f"\0{i}" for i, name in enumerate(texts)]  # without a group: a group of one
+            unit = np.unique(names, return_inverse=True)[1].reshape(-1)
+        count = 1 if scheme == "holdout" else folds
+        table = np.full((repeats, len(ids)), -1, dtype=np.int64)
+        for r in range(repeats):
+            row = _one(scheme, sorted_labels, unit, folds, fraction, np.random.default_rng([seed, r]))
+            _check_filled(row, count, "image" if unit is None else "group")
+            table[r] = np.where(row < 0, -1, row + r * count)
     return Folds([str(id) for id in ids], table, _label_texts(labels, classes), texts, scheme)
 
 
@@ -276,7 +274,7 @@ def _numbered(given: np.ndarray) -> np.ndarray:
         held = values != "train"
     if not held.any():
         raise DataError(
-            f"the column of folds holds nothing out; give each fold a value of its own, got only {given[0]!r}"
+            f"the column of folds holds nothing out; give each fold its own value, got only {given[0]!r}"
         )
     result = np.full(len(values), -1, dtype=np.int64)
     result[held] = np.unique(values[held], return_inverse=True)[1].reshape(-1)
@@ -286,61 +284,50 @@ def _numbered(given: np.ndarray) -> np.ndarray:
 def _label_texts(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
     if labels.ndim == 1:
         return [classes[label] for label in labels.tolist()]
-    return [" ".join(classes[c] for c in np.flatnonzero(row)) for row in labels]
+    return [" ".join(classes[c] for c in np.flatnonzero(row).tolist()) for row in labels]
 
 
 def _one(
     scheme: str,
     labels: np.ndarray,
-    groups: list[str] | None,
+    unit: np.ndarray | None,
     folds: int,
     fraction: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """(N,) int64 folds of one repeat, numbered from 0."""
-    n = len(labels)
-    by_group = scheme in ("group", "stratified_group") or (scheme == "holdout" and groups is not None)
-    if scheme == "kfold" or (scheme == "stratified" and labels.ndim == 1):
-        result = _dealt(
-            np.zeros(n, dtype=np.int64) if scheme == "kfold" else labels, folds, rng, keep=scheme != "kfold"
-        )
-    elif scheme == "holdout" and not by_group and labels.ndim == 1:
-        result = _held(labels, fraction, rng)
-    else:
-        # Images without a group are groups of one.
-        names = (
-            [name or f"\0{i}" for i, name in enumerate(groups)] if groups is not None and by_group else None
-        )
-        unit = np.arange(n) if names is None else np.unique(names, return_inverse=True)[1].reshape(-1)
-        counts = _class_counts(labels, unit, stratified=scheme != "group")
-        result = _allot(counts, folds, fraction if scheme == "holdout" else None, rng)[unit]
-    what = "group" if by_group else "image"
-    if not (result >= 0).any():
-        why = (
-            f"no {what} can be held out without emptying a class"
-            if by_group or labels.ndim == 2
-            else "every class has a single image"
-        )
-        raise DataError(f"nothing can be held out for validation: {why}; give --valid with other images")
-    if scheme != "holdout" and len(np.unique(result[result >= 0])) < folds:
-        filled = len(np.unique(result[result >= 0]))
+    """(N,) int64 folds of one repeat, numbered from 0. ``unit`` (N,) int64: the number of each image's group."""
+    if unit is None and scheme == "kfold":
+        return _dealt(np.zeros(len(labels), dtype=np.int64), folds, rng)
+    if unit is None and labels.ndim == 1:
+        return _held(labels, fraction, rng) if scheme == "holdout" else _dealt(labels, folds, rng)
+    unit = np.arange(len(labels)) if unit is None else unit
+    counts = _class_counts(labels, unit, stratified=scheme != "group")
+    return _allot(counts, folds, fraction if scheme == "holdout" else None, rng)[unit]
+
+
+def _check_filled(row: np.ndarray, count: int, what: str) -> None:
+    filled = len(np.unique(row[row >= 0]))
+    if not filled:
         raise DataError(
-            f"there are too few {what}s for {folds} folds: only {filled} folds would hold some out; choose fewer folds, got {folds}"
+            f"nothing can be held out for validation: training would lose the last {what} of a class; give --valid with other "
+            f"images, got {len(row)} images"
         )
-    return result
+    if filled < count:
+        raise DataError(
+            f"there are too few {what}s, {count - filled} of {count} folds would hold none out; choose fewer folds, got {count}"
+        )
 
 
-def _dealt(labels: np.ndarray, folds: int, rng: np.random.Generator, keep: bool) -> np.ndarray:
+def _dealt(labels: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
     """Deal the images out like cards, class after class: a class's counts over the folds differ by at most one, the folds' too.
 
-    ``StratifiedKFold`` does the same, but refuses where every class is smaller than the number of folds. ``keep``: a class of a
-    single image stays in training.
+    ``StratifiedKFold`` does the same, but refuses where every class is smaller than the number of folds, and holds the only
+    image of a class out, which no model can then get right; here it stays in training.
     """
     result = np.full(len(labels), -1, dtype=np.int64)
     order = rng.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
-    if keep:
-        order = order[np.bincount(labels)[labels[order]] > 1]
+    order = order[np.bincount(labels)[labels[order]] > 1]
     result[order] = np.arange(len(order)) % folds
     return result
 
@@ -372,9 +359,8 @@ def _class_counts(labels: np.ndarray, unit: np.ndarray, stratified: bool) -> np.
 def _allot(counts: np.ndarray, folds: int, fraction: float | None, rng: np.random.Generator) -> np.ndarray:
     """(U,) int64: the fold of each unit, -1 for training. ``counts`` as of :func:`_class_counts`.
 
-    Iterative stratification (Sechidis, Tsoumakas, Vlahavas: On the Stratification of Multi-Label Data, 2011) with the label sums
-    of whole groups in place of single images: the rarest class first, its largest groups first, each to the fold that has the
-    least of that class in relation to what it should have; then single groups are moved as long as that helps.
+    Not ``StratifiedGroupKFold``: with few groups it is uneven, and it may put all groups of a class into one fold, whose model
+    then never saw that class. Few units are allotted several times and the most even result is taken.
     """
     total = counts.sum(axis=0)
     if fraction is None:
@@ -383,9 +369,30 @@ def _allot(counts: np.ndarray, folds: int, fraction: float | None, rng: np.rando
     else:  # a class of few groups wants one of them held out, even if that is more than the fraction
         part = np.maximum(total * fraction, total / (counts > 0).sum(axis=0))
         target = np.stack([part, total - part])
+    best = np.inf
+    for _ in range(min(10, max(1, 2000 // len(counts)))):
+        place, have = _spread(counts, target, rng)
+        _even_out(place, have, counts, target)
+        cost = float((((have - target) / total) ** 2).sum())
+        if cost < best:
+            best, result = cost, np.where(place == len(have) - 1, -1, place)
+    return result
+
+
+def _spread(
+    counts: np.ndarray, target: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Iterative stratification. ``target`` (P, C): images wanted in each part; the last part is training.
+
+    Sechidis, Tsoumakas, Vlahavas: On the Stratification of Multi-Label Data (2011), with the label sums of whole groups in place
+    of single images, and what a part lacks measured against its target, so that a small held-out side gets large groups too: the
+    rarest class first, its largest groups first, each to the part that has the smallest share of its target. Returns the part
+    of each unit (U,) and the images that each part then has (P, C). No part but the last ever gets all images of a class.
+    """
+    total = counts.sum(axis=0)
     scale = np.divide(1, target, out=np.zeros_like(target), where=target > 0)
     full = np.where(target > 0, 0, np.inf)  # where nothing should be
-    have = np.zeros_like(target)  # the last row is what stays in training
+    have = np.zeros_like(target)
     place = np.zeros(len(counts), dtype=np.int64)
     left, waiting = total.copy(), np.ones(len(counts), dtype=bool)
     while waiting.any():
@@ -393,18 +400,45 @@ def _allot(counts: np.ndarray, folds: int, fraction: float | None, rng: np.rando
         units = rng.permutation(np.flatnonzero(waiting & (counts[:, label] > 0)))
         units = units[np.argsort(-counts[units, label], kind="stable")]
         ties = rng.random((len(units), len(have))).tolist()
-        columns = [label, -1]  # equal in this class: the smaller fold
+        columns = [label, -1]  # of parts equal in this class the emptier one
         slope, start = scale[:, columns], full[:, columns]
         for u, tie in zip(units.tolist(), ties):
-            empties = (have + counts[u] == total).any(axis=1)  # no training image of some class would be left
+            empties = (have + counts[u] == total).any(axis=1)
             empties[-1] = False
             filled = have[:, columns] * slope + start
             place[u] = min(zip(empties.tolist(), filled.tolist(), tie, range(len(have))))[3]
             have[place[u]] += counts[u]
         waiting[units] = False
         left -= counts[units].sum(axis=0)
-    place[place == len(have) - 1] = -1
-    return place
+    return place, have
+
+
+def _even_out(place: np.ndarray, have: np.ndarray, counts: np.ndarray, target: np.ndarray) -> None:
+    """Move single units to other parts, in place, the best move first, while that lessens sum(((have - target) / total)**2).
+
+    Ends at a gain that nobody would see, or when the search gets long for what it can bring.
+    """
+    total = counts.sum(axis=0)
+    scaled = counts / total**2
+    own = (scaled * counts).sum(axis=1)
+    rows = np.arange(len(counts))
+    for _ in range(min(1000, 10**9 // counts.size)):
+        slope = scaled @ (have - target).T
+        gain = (
+            slope[rows, place][:, None] - slope - own[:, None]
+        )  # (U, P) half of what the sum loses by the move
+        gain[:, ~target.any(axis=1)] = 0
+        gain[rows, place] = 0
+        while True:
+            u, part = np.unravel_index(int(gain.argmax()), gain.shape)
+            if gain[u, part] < 1e-6:
+                return
+            if part == len(have) - 1 or not (have[part] + counts[u] == total).any():
+                break
+            gain[u, part] = 0  # it would take the last image of a class out of training
+        have[place[u]] -= counts[u]
+        have[part] += counts[u]
+        place[u] = part
 
 
 # -- checking a split --------------------------------------------------------------------------------------------------
@@ -418,35 +452,37 @@ def check_folds(folds: Folds, classes: Sequence[str]) -> list[str]:
         other = first[group.reshape(-1)]  # an image of the same group
         apart = np.flatnonzero(row != row[other])
         if len(apart):
-            i, j = int(other[apart[0]]), int(apart[0])
+            pair = [int(other[apart[0]]), int(apart[0])]
+            sides = [f"{folds.ids[i]!r} in {'training' if row[i] < 0 else f'fold {row[i]}'}" for i in pair]
             raise DataError(
                 f"{len(np.unique(names[apart]))} groups are on two sides of the split, so its scores would be too good; split by "
-                f"groups (scheme stratified_group), got group {names[i]!r} with image {folds.ids[i]!r} in fold {row[i]} and "
-                f"image {folds.ids[j]!r} in fold {row[j]}"
+                f"groups (scheme stratified_group), got group {names[pair[0]]!r} with {' and '.join(sides)}"
             )
     has = _has_class(folds.labels, classes)
     total = has.sum(axis=0)
-    warned = [_lacking(classes, total == 0, "", "image at all")] if (total == 0).any() else []
+    ever = has[(folds.folds >= 0).any(axis=0)].any(axis=0)
+    warned = [
+        _lacking(classes, total == 0, "image at all"),
+        _lacking(classes, (total > 0) & ~ever, "validation image in any fold"),
+    ]
     for k in range(folds.count):
         train, valid = folds.sides(k)
         if not np.array_equal(np.sort(np.concatenate([train, valid])), np.arange(len(folds))) or not len(
             train
         ):
             raise DataError(
-                f"fold {k} must divide the images into two sides, got {len(train)} and {len(valid)} of {len(folds)}"
+                f"fold {k} must divide {len(folds)} images into two sides, got {len(train)} and {len(valid)}"
             )
         held = has[valid].sum(axis=0)
-        for count, side in ((total - held, "training"), (held, "validation")):
-            lacks = (count == 0) & (total > 0)
-            if lacks.any():
-                warned.append(_lacking(classes, lacks, f"fold {k}: ", f"{side} image"))
-    return warned
+        warned.append(_lacking(classes, (total > 0) & (held == total), f"training image in fold {k}"))
+        warned.append(_lacking(classes, ever & (held == 0), f"validation image in fold {k}"))
+    return [sentence for sentence in warned if sentence]
 
 
-def _lacking(classes: Sequence[str], lacks: np.ndarray, where: str, what: str) -> str:
-    names = [repr(classes[c]) for c in np.flatnonzero(lacks)]
-    verb = "class has" if len(classes) == 1 else "classes have"
-    return f"{where}{len(names)} of {len(classes)} {verb} no {what}: {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}"
+def _lacking(classes: Sequence[str], lacks: np.ndarray, what: str) -> str:
+    names = [repr(classes[c]) for c in np.flatnonzero(lacks).tolist()]
+    shown = ", ".join(names[:10]) + (" and more" if len(names) > 10 else "")
+    return f"{len(names)} of {len(classes)} classes have no {what}: {shown}" if names else ""
 
 
 def _has_class(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
