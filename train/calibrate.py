@@ -73,13 +73,14 @@ def reliability(labels: np.ndarray, probs: np.ndarray, bins: int = 15) -> dict[s
         confidence, right = probs.ravel().astype(np.float64), labels.ravel() > 0.5
     else:
         confidence, right = probs.max(axis=1).astype(np.float64), probs.argmax(axis=1) == labels
-    place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.searchsorted(edges[1:-1], confidence)
     count = np.bincount(place, minlength=bins)
     some = np.where(count > 0, count, np.nan)
     means = [np.bincount(place, values, bins) / some for values in (confidence, right)]
     gap = np.nan_to_num(np.abs(means[0] - means[1]))
     return {
-        "ece": float((gap * count).sum() / count.sum()), "edges": np.linspace(0, 1, bins + 1), "count": count,
+        "ece": float((gap * count).sum() / count.sum()), "edges": edges, "count": count,
         "confidence": means[0], "accuracy": means[1],
     }  # fmt: skip
 
