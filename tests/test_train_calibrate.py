@@ -188,3 +188,22 @@ def test_wrong_use_is_named():
             fit(labels, probs)
         with pytest.raises(DataError, match="none"):
             fit(labels[:0], probs[:0])
+
+
+def test_of_equally_good_thresholds_the_nearest_to_a_half_is_taken():
+    """2/3 with one right of one, and with two right of four."""
+    labels, probs = np.array([[1], [0], [0], [1]]), np.array([[0.45], [0.4], [0.35], [0.3]])
+    assert fit_thresholds(labels, probs) == pytest.approx([0.425])
+
+
+@SLOW_MACHINE
+@given(st.integers(2, 5), st.integers(0, 2**32 - 1))
+def test_what_is_tried_is_what_is_decided(classes, seed):
+    rng = np.random.default_rng(seed)
+    probs = rng.integers(0, 4, (30, classes)) / 4  # many ties
+    factors = rng.choice([0.5, 1.0, 2.0], classes)
+    for k in range(classes):
+        for value, decided in calibrate._try_factor(np.zeros(30), probs, factors.copy(), k):
+            changed = factors.copy()
+            changed[k] = value
+            assert (decided == decide(probs, changed, False)).all()
