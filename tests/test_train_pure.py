@@ -19,7 +19,6 @@ from fastload.errors import DataError, UsageError
 from fastload.train import checkpoint
 from fastload.train.config import Config, differences
 from fastload.train.files import write_atomic, write_csv, write_json
-from fastload.train.split import holdout
 
 SLOW_MACHINE = settings(max_examples=60, deadline=None)  # a busy core is no reason to fail
 
@@ -63,69 +62,6 @@ def test_differences_ignore_what_does_not_change_the_weights():
     old = Config(epochs=3, threads=1, device="cpu")
     assert differences(old, Config(epochs=3, threads=2)) == {}
     assert differences(old, Config(epochs=4, device="cpu")) == {"epochs": (3, 4)}
-
-
-# --- split
-
-
-@SLOW_MACHINE
-@given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.floats(0.05, 0.6), st.integers(0, 1000))
-def test_stratified_split(counts, fraction, seed):
-    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    if max(counts) == 1:
-        with pytest.raises(DataError, match="held out"):
-            holdout(labels, fraction, seed)
-        return
-    train, valid = holdout(labels, fraction, seed)
-    assert sorted([*train, *valid]) == list(range(len(labels)))
-    for label, count in enumerate(counts):
-        held = int((labels[valid] == label).sum())
-        assert held == 0 if count == 1 else 1 <= held <= count - 1
-        assert count == 1 or abs(held - count * fraction) <= 1
-    again = holdout(labels, fraction, seed)
-    assert (again[0] == train).all() and (again[1] == valid).all()
-
-
-def test_another_seed_is_another_split():
-    labels = np.repeat([0, 1], 50)
-    assert not np.array_equal(holdout(labels, 0.2, 0)[1], holdout(labels, 0.2, 1)[1])
-
-
-@SLOW_MACHINE
-@given(st.integers(5, 60), st.integers(2, 4), st.integers(1, 7), st.integers(0, 1000))
-def test_no_group_is_on_two_sides(people, classes, most, seed):
-    rng = np.random.default_rng(seed)
-    groups = np.repeat(np.arange(people), rng.integers(1, most + 1, people))
-    labels = rng.integers(0, classes, len(groups))
-    try:
-        train, valid = holdout(labels, 0.25, seed, groups)
-    except DataError:
-        return  # no group could go without emptying a class
-    assert sorted([*train, *valid]) == list(range(len(labels)))
-    assert not set(groups[train]) & set(groups[valid])
-    assert set(labels[train]) == set(labels)
-
-
-def test_grouped_split_is_near_the_fraction_of_every_class():
-    rng = np.random.default_rng(3)
-    groups = np.repeat(np.arange(400), 7)
-    labels = (rng.permutation(400) % 6)[groups]
-    _, valid = holdout(labels, 0.2, 0, groups)
-    share = np.bincount(labels[valid]) / np.bincount(labels)
-    assert (abs(share - 0.2) < 0.02).all()
-
-
-def test_a_group_with_the_last_image_of_a_class_stays_in_training():
-    labels = np.array([0] * 48 + [1])
-    groups = np.array([i // 8 for i in range(48)] + [5])
-    for seed in range(20):
-        train, valid = holdout(labels, 0.25, seed, groups)
-        assert 1 in labels[train] and len(valid) in (8, 16)
-
-
-def test_groups_that_cannot_be_divided():
-    with pytest.raises(DataError, match="--valid"):
-        holdout(np.array([0, 0, 1, 1]), 0.5, 0, np.array([0, 0, 1, 1]))
 
 
 # --- files and checkpoints

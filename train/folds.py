@@ -228,8 +228,6 @@ def make_folds(
     """
     if scheme not in SCHEMES:
         raise unknown("split scheme", scheme, SCHEMES)
-    if scheme == "auto":
-        scheme = "stratified" if groups is None else "stratified_group"
     if scheme in ("group", "stratified_group") and groups is None:
         raise UsageError(f"a split by groups needs to know them; give groups, got scheme {scheme!r} without")
     if folds < 2 or repeats < 1 or not 0 < fraction < 1:
@@ -244,6 +242,8 @@ def make_folds(
     for name, column in (("labels", labels), ("groups", groups), ("given", given)):
         if column is not None and len(column) != len(ids):
             raise UsageError(f"{name} must have one value for each of {len(ids)} images, got {len(column)}")
+    if scheme == "auto":
+        scheme = "stratified" if groups is None else "stratified_group"
     if not len(ids):
         raise DataError("there are no images to divide; give some, got 0")
     texts = None if groups is None else [str(value) for value in np.asarray(groups).tolist()]
@@ -416,14 +416,18 @@ def _spread(
 def _even_out(place: np.ndarray, have: np.ndarray, counts: np.ndarray, target: np.ndarray) -> None:
     """Move single units to other parts, in place, the best move first, while that lessens sum(((have - target) / total)**2).
 
-    Ends at a gain that nobody would see, or when the search gets long for what it can bring.
+    Ends when a move brings less than a hundredth of what is left, or when the search gets long for what it can bring.
     """
     total = counts.sum(axis=0)
     scaled = counts / total**2
     own = (scaled * counts).sum(axis=1)
     rows = np.arange(len(counts))
-    for _ in range(min(1000, 10**9 // counts.size)):
-        slope = scaled @ (have - target).T
+    for _ in range(min(1000, 2 * 10**8 // counts.size)):
+        excess = have - target
+        enough = (
+            0.005 * float(((excess / total) ** 2).sum()) + 1e-9
+        )  # half a hundredth, as ``gain`` is half of the gain
+        slope = scaled @ excess.T
         gain = (
             slope[rows, place][:, None] - slope - own[:, None]
         )  # (U, P) half of what the sum loses by the move
@@ -431,7 +435,7 @@ def _even_out(place: np.ndarray, have: np.ndarray, counts: np.ndarray, target: n
         gain[rows, place] = 0
         while True:
             u, part = np.unravel_index(int(gain.argmax()), gain.shape)
-            if gain[u, part] < 1e-6:
+            if gain[u, part] < enough:
                 return
             if part == len(have) - 1 or not (have[part] + counts[u] == total).any():
                 break
@@ -456,7 +460,7 @@ def check_folds(folds: Folds, classes: Sequence[str]) -> list[str]:
             sides = [f"{folds.ids[i]!r} in {'training' if row[i] < 0 else f'fold {row[i]}'}" for i in pair]
             raise DataError(
                 f"{len(np.unique(names[apart]))} groups are on two sides of the split, so its scores would be too good; split by "
-                f"groups (scheme stratified_group), got group {names[pair[0]]!r} with {' and '.join(sides)}"
+                f"groups (scheme stratified_group), got group {(folds.groups or [])[pair[0]]!r} with {' and '.join(sides)}"
             )
     has = _has_class(folds.labels, classes)
     total = has.sum(axis=0)
