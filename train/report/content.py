@@ -253,7 +253,7 @@ def mistakes(held: Predictions) -> dict[str, Any]:
             name, there = held.classes[worst[i]], bool(truth[i, worst[i]])
             card["lines"] = [("true", _names(truth[i], held.classes), None),
                              ("predicted", _names(held.predicted[i], held.classes), None),
-                             ("worst", f"{name} {'missed' if there else 'not there'}", float(probs[i, worst[i]]))]  # fmt: skip
+                             ("missed" if there else "not there", name, float(probs[i, worst[i]]))]  # fmt: skip
         else:
             guess = int(held.predicted[i])
             card["lines"] = [("true", held.classes[labels[i]], float(own[i])),

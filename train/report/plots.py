@@ -121,7 +121,7 @@ def chart(lines: Sequence[Line], *, percent: bool = False, zero: bool = False) -
 
 def _clear(place: float) -> bool:
     """Whether a number at ``place`` percent would not touch those at the ends."""
-    return 10 <= place <= 90
+    return 16 <= place <= 84
 
 
 def interval(value: float, low: float, high: float, ends: tuple[float, float], label: str) -> Markup:

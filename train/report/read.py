@@ -89,10 +89,10 @@ def read(run: Any) -> Result:
         best, last, scores = trainings[0].best, trainings[0].last, {}
     for one in trainings:
         if not one.finished:
-            place = f"{one.name}: " if kind == "cv" else ""
-            notes.append(
-                f"{place}not finished, {len(one.history)} of {options['epochs']} epochs are in the log."
-            )
+            what = f"{one.name} is not finished" if kind == "cv" else "Not finished"
+            notes.append(f"{what}: {len(one.history)} of {options['epochs']} epochs are in the log.")
+        elif not one.history:
+            notes.append(f"{one.name} is finished, but there are no epochs in its {runs.LOG}.")
     if best is None:
         notes.append("There are no held-out probabilities yet, so nothing that is made from them is shown.")
     name = folder.resolve().name
