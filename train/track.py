@@ -22,7 +22,6 @@ from fastload.train.metrics import confusion
 
 if TYPE_CHECKING:
     import torch
-    from matplotlib.figure import Figure
 
     from fastload.train.predictions import Predictions
     from fastload.train.runs import Run
@@ -78,9 +77,9 @@ class TensorBoard(_Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         updates = session.step.updates
-        self.writer = SummaryWriter(
-            session.folder / "tensorboard", purge_step=updates + 1 if updates else None
-        )
+        # What an earlier attempt wrote after this step is no longer shown; at the start, all of it.
+        purge = updates + 1 if updates else 0
+        self.writer = SummaryWriter(session.folder / "tensorboard", purge_step=purge)
         if not updates:
             self.writer.add_images("images of the training side", _samples(session), 0, dataformats="NHWC")
 
@@ -104,9 +103,9 @@ class TensorBoard(_Tracker):
         for part in hparams(options, final):
             self.writer.file_writer.add_summary(part, step)
         self.scalars(final, step)
-        figure = _confusion(run.oof)
-        if figure is not None:
-            self.writer.add_figure("confusion matrix", figure, step)
+        picture = _confusion(run.oof)
+        if picture is not None:
+            self.writer.add_image("confusion matrix", picture, step, dataformats="HWC")
         self.writer.close()
 
 
@@ -134,9 +133,9 @@ class Wandb(_Tracker):
         self.run.log(values, step=step)
 
     def on_end(self, session: Session, run: Run) -> None:
-        figure = _confusion(run.oof)
-        if figure is not None:
-            self.run.log({"confusion matrix": self.wandb.Image(figure)}, step=session.step.updates + 1)
+        picture = _confusion(run.oof)
+        if picture is not None:
+            self.run.log({"confusion matrix": self.wandb.Image(picture)}, step=session.step.updates + 1)
         self.run.summary.update({f"final/{name}": value for name, value in run.oof.summary().items()})
         self.run.finish()
 
@@ -151,8 +150,9 @@ def _samples(session: Session) -> np.ndarray:
     return np.stack([np.asarray(ImageOps.fit(picture, (SIDE, SIDE))) for picture in pictures])
 
 
-def _confusion(held: Predictions) -> Figure | None:
-    """Shares of each true class as a picture; None where an image may have several labels, or there are too many classes."""
+def _confusion(held: Predictions) -> np.ndarray | None:
+    """A picture (H, W, 3) uint8, shaded by the share of the true class; None for several labels an image, or too many classes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     count = len(held.classes)
@@ -170,4 +170,6 @@ def _confusion(held: Predictions) -> Figure | None:
     axes.set_xticks(range(count), held.classes, rotation=90)
     axes.set_yticks(range(count), held.classes)
     axes.set(xlabel="predicted", ylabel="true")
-    return figure
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
