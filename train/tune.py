@@ -1,7 +1,6 @@
 """A search for options: trials of a training, each a run folder that can be repeated, in a study of Optuna (Akiba et al. 2019).
 
-``tune("photos.beton", cfg, {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "optimizer": ["adamw", "sgd"]}, trials=20, out="runs/tune")``.
-All trials are scored on one and the same hold-out (or folds), made and looked at for leaks once. The trade-off: the best score of
+``tune("photos.beton", cfg, {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "optimizer": ["adamw", "sgd"]}, trials=20)``. All trials are scored on one and the same hold-out (or folds), made and looked at for leaks once. The trade-off: the best score of
 many trials is too good, by the luck of the choice; a true one needs images that no trial has seen.
 
 Any number of processes may work on one folder, and each may be killed: what makes that safe is two kinds of file locks, which the
@@ -24,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +111,8 @@ def suggestions(space: Space, cfg: Config) -> Suggest:
     if callable(space):
         optuna = require("optuna", "tune")
         with _quiet():
-            trial = (
-                optuna.create_study().ask()
-            )  # of a study that is forgotten: names and values as they will come
-            cfg.with_values(_named(space(trial)))
+            # A trial of a study that is forgotten: names and values as they will come.
+            cfg.with_values(_named(space(optuna.create_study().ask())))
         given: Suggest = space
         return lambda trial: _named(given(trial))
     options = {name: _option(name, value) for name, value in _named(dict(space)).items()}
@@ -153,9 +151,10 @@ def _option(name: str, value: Any) -> tuple[list[Any], Callable[[Trial], Any]]:
     kind = next(str(spec.type) for spec in fields(Config) if spec.name == name)
     if isinstance(value, dict):
         return _range(name, value, kind.partition(" | ")[0])
-    if not isinstance(value, list) or (
-        kind.startswith("tuple") and not any(isinstance(v, list) for v in value)
-    ):
+    listed = isinstance(value, list)
+    if listed and kind.startswith("tuple"):  # an option that is a list itself needs a list of lists
+        listed = any(isinstance(one, list) for one in value)
+    if not listed:
         return [value], lambda trial: value
     if not value:
         raise UsageError(f"{name} needs values to choose from, got []")
@@ -186,11 +185,10 @@ def _range(name: str, value: dict[str, Any], kind: str) -> tuple[list[Any], Call
         raise UsageError(
             f"log is true or false, and true only above 0 and without a step; change {name}, got {value!r}"
         )
+    more: dict[str, Any] = {"step": step, "log": log} if step is not None else {"log": log}
     if kind == "int":
-        return [low, high], lambda trial: trial.suggest_int(
-            name, int(low), int(high), step=step or 1, log=log
-        )
-    return [low, high], lambda trial: trial.suggest_float(name, low, high, step=step, log=log)
+        return [low, high], lambda trial: trial.suggest_int(name, int(low), int(high), **more)
+    return [low, high], lambda trial: trial.suggest_float(name, low, high, **more)
 
 
 # -- the result --------------------------------------------------------------------------------------------------------
@@ -246,15 +244,12 @@ class Search:
         return self.folder / f"trial-{number:04d}.lock"
 
     def _rows(self, count: int) -> tuple[list[str], list[list[str]]]:
-        ranked, names = (
-            self.ranked,
-            list(dict.fromkeys(name for trial in self.trials for name in trial.params)),
-        )
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.params))
         others = [trial for trial in self.trials if trial.state.name != "COMPLETE"]
         rows = []
-        for trial in [*ranked[:count], *others[-count:]]:
+        for trial in [*self.ranked[:count], *others[-count:]]:
             state = trial.state.name.lower()
-            said = state if trial.value is None or state != "complete" else f"{trial.value:.4f}"
+            said = f"{_score(trial):.4f}" if state == "complete" else state
             rows.append([str(trial.number), said, *(_shown(trial.params.get(name)) for name in names)])
         return ["trial", self.config.metric, *names], rows
 
@@ -262,10 +257,7 @@ class Search:
         """The best trials as text, then the last of those that were pruned or failed."""
         head, rows = self._rows(count)
         widths = [max(map(len, column)) for column in zip(head, *rows)]
-        lines = (
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in [head, *rows]
-        )
-        return "\n".join(lines)
+        return "\n".join("  ".join(map(str.rjust, row, widths)) for row in [head, *rows])
 
     def figures(self) -> dict[str, Any]:
         """The outcome as plain values, for JSON."""
@@ -278,19 +270,12 @@ class Search:
 
     def plot(self) -> list[Path]:
         """Write ``history.png``, ``slices.png`` and ``importances.png`` into the folder, as far as there is something to see."""
-        figures = {
-            "history.png": _history(self),
-            "slices.png": _slices(self),
-            "importances.png": _importances(self),
-        }
         written = []
-        for name, figure in figures.items():
+        for name, draw in (("history", _history), ("slices", _slices), ("importances", _importances)):
+            figure = draw(self)
             if figure is not None:
-                shown = figure
-                write_atomic(
-                    self.folder / name, lambda file, shown=shown: shown.savefig(file, format="png", dpi=120)
-                )
-                written.append(self.folder / name)
+                written.append(self.folder / f"{name}.png")
+                write_atomic(written[-1], partial(figure.savefig, format="png", dpi=120))
         return written
 
     def _repr_html_(self) -> str:
@@ -389,9 +374,8 @@ def tune(
             table = Folds.load(folder / runs.SPLIT).match([str(id) for id in opened.ids])
         suggest = suggestions(read_space(chosen), search.config)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "once", TrainWarning
-            )  # the same data in every trial: the same words about them
+            # The same data in every trial: the same words about them.
+            warnings.simplefilter("once", TrainWarning)
             _Worker(search, suggest, opened, table, model, progress).work(trials, end, tell)
     if search.ranked:
         search.best_config.save(folder / BEST)
@@ -450,7 +434,7 @@ def _start(
     # Trials run from anywhere, and are repeated from anywhere.
     paths = {"data": opened.path, "valid": cfg.valid, "split": cfg.split}
     cfg = replace(
-        cfg, **{name: None if path is None else str(Path(path).resolve()) for name, path in paths.items()}
+        cfg, **{k: None if path is None else str(Path(path).resolve()) for k, path in paths.items()}
     )
     if given["folds"] is not None:
         whole = read_labelled(opened, cfg.groups)
@@ -568,9 +552,8 @@ class _Worker:
         search, optuna = self.search, require("optuna", "tune")
         with _locked(search.folder / LOCK):
             _repeat_killed(search)
-            begun = sum(
-                _counts(t) or t.state.name == "RUNNING" for t in search.study.get_trials(deepcopy=False)
-            )
+            known = search.study.get_trials(deepcopy=False)
+            begun = sum(_counts(one) or one.state.name == "RUNNING" for one in known)
             if begun >= total:
                 return None
             # A seed for each trial: processes that share a study, or one that goes on, must not draw what was drawn before.
@@ -678,17 +661,8 @@ def _repeat_killed(search: Search) -> None:
 def _share_out(search: Search, total: int, workers: int, end: float, tell: Tell) -> None:
     """Start processes that resume the search, and wait for them; DataError if one ended badly and trials are missing."""
     told = {trial.number for trial in search.trials}
-    command = [
-        sys.executable,
-        "-m",
-        "fastload",
-        "tune",
-        "--resume",
-        "-o",
-        str(search.folder),
-        "--trials",
-        str(total),
-    ]
+    command = [sys.executable, "-m", "fastload", "tune", "--resume", "-o", str(search.folder)]
+    command += ["--trials", str(total)]
     if end < math.inf:
         command += ["--timeout", str((end - time.monotonic()) / 60)]
     logs = [search.folder / f"worker-{number}.log" for number in range(workers)]
@@ -772,9 +746,9 @@ def _slices(search: Search) -> Figure | None:
         number = hasattr(shown[0].distributions[name], "log")
         values = [trial.params[name] if number else str(trial.params[name]) for trial in shown]
         axes.plot(values, [_score(trial) for trial in shown], "o", alpha=0.6, color="tab:blue")
-        axes.set(
-            xlabel=name, xscale="log" if getattr(shown[0].distributions[name], "log", False) else "linear"
-        )
+        axes.set_xlabel(name)
+        if getattr(shown[0].distributions[name], "log", False):
+            axes.set_xscale("log")
     for axes in panels[len(names) :]:
         axes.remove()
     figure.supylabel(search.config.metric)
