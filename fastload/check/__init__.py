@@ -6,8 +6,10 @@ here: what looks wrong is told in sentences and shown in pictures. The trade-off
 >>> print(check("train.beton", "test.beton").text())
 """
 
+from fastload.check.checks import check
 from fastload.check.groups import PathGroups, path_groups
 from fastload.check.guard import guard
 from fastload.check.hashing import duplicate_groups
+from fastload.check.report import Report
 
-__all__ = ["PathGroups", "duplicate_groups", "guard", "path_groups"]
+__all__ = ["PathGroups", "Report", "check", "duplicate_groups", "guard", "path_groups"]

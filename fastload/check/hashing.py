@@ -34,13 +34,12 @@ _PRIOR = 100  # images: how slowly the mean look of a collection is trusted
 
 @dataclass(frozen=True)
 class Looks:
-    """Of N images: ``units`` (N, 143) float32 descriptors of length 1, ``limits`` (N,) float32 least cosines of a look-alike,
-    ``comparable`` (N,) bool (large enough, not blank, not damaged), ``damaged`` (N,) bool, and of 32 x 32 pixels ``brightness``,
-    ``contrast`` (mean and standard deviation of grey levels, 0 to 255) and ``colour`` (mean of max - min of the channels), (N,) float32.
+    """Of N images: ``units`` (N, 143) float32 descriptors of length 1, ``small`` (N,) bool (a side below 64 pixels), ``comparable``
+    (N,) bool (large enough, not blank, not damaged), ``damaged`` (N,) bool, and of 32 x 32 pixels ``brightness``, ``contrast`` (mean and standard deviation of grey levels, 0 to 255) and ``colour`` (mean of max - min of the channels), (N,) float32.
     """
 
     units: np.ndarray
-    limits: np.ndarray
+    small: np.ndarray
     comparable: np.ndarray
     damaged: np.ndarray
     brightness: np.ndarray
@@ -51,13 +50,15 @@ class Looks:
 @dataclass(frozen=True)
 class Pairs:
     """Look-alikes: ``first`` < ``second`` (M,) int64 places, ``score`` (M,) float32 cosines, ``turn`` (M,) int64: how ``first``
-    must be turned to look like ``second``, a place in ``TURNS``.
+    must be turned to look like ``second``, a place in ``TURNS``. ``raised``: share of the images for which a look-alike had to be more
+    alike than asked, because the whole collection is.
     """
 
     first: np.ndarray
     second: np.ndarray
     score: np.ndarray
     turn: np.ndarray
+    raised: float
 
 
 TURNS = (
@@ -132,14 +133,19 @@ def _look_at(data: Dataset, threads: int | None, progress: bool) -> tuple[np.nda
             grey = pixels.astype(np.float32) @ _GREY
             units[rows] = describe(grey)
             figures[0, rows], figures[1, rows] = grey.mean((1, 2)), grey.std((1, 2))
-            figures[2, rows] = (pixels.max(3) - pixels.min(3)).mean((1, 2))
+            red, green, blue = (
+                pixels[..., 0],
+                pixels[..., 1],
+                pixels[..., 2],
+            )  # numpy reduces three channels slowly
+            top, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+            figures[2, rows] = (top - low).mean((1, 2))
             damaged[rows] = batch.index.numpy() != bases[rows]
             at = rows.stop
             bar.update(len(pixels))
     shorter = np.minimum(data.heights, data.widths)
-    limits = np.where(shorter < 64, NEAR_SMALL, NEAR).astype(np.float32)
     comparable = (shorter >= SMALLEST) & (figures[1] >= FLATTEST) & ~damaged
-    return units, limits, comparable, damaged, *figures
+    return units, shorter < 64, comparable, damaged, *figures
 
 
 def _chance(residuals: np.ndarray) -> np.ndarray:
@@ -170,7 +176,7 @@ def _chance(residuals: np.ndarray) -> np.ndarray:
     return limits
 
 
-def look_alikes(looks: Looks, threads: int | None = None) -> Pairs:
+def look_alikes(looks: Looks, threads: int | None = None, near: float = NEAR) -> Pairs:
     """Pairs of comparable images that look the same in one of eight orientations, in order of their places.
 
     What all images share (a face in the middle, one camera) is subtracted first, so that a collection of aligned pictures
@@ -188,7 +194,9 @@ def look_alikes(looks: Looks, threads: int | None = None) -> Pairs:
         keys = (codes >> np.uint64(band * search.BAND_BITS)) & np.uint64(0xFFFF)
         items[band] = np.argsort(keys, kind="stable")
         heads[band] = np.searchsorted(keys[items[band]], np.arange((1 << search.BAND_BITS) + 1))
-    limits = np.maximum(looks.limits[places], _chance(units - mean))
+    asked = np.where(looks.small[places], max(near, NEAR_SMALL), near).astype(np.float32)
+    chance = _chance(units - mean)
+    limits, raised = np.maximum(asked, chance), float((chance > asked).mean()) if number else 0.0
 
     def ask(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         room = 1 << 14
@@ -207,7 +215,7 @@ def look_alikes(looks: Looks, threads: int | None = None) -> Pairs:
         found = list(pool.map(ask, range(0, number, _QUERIES)))
     if not found:
         nothing = np.empty(0, np.int64)
-        return Pairs(nothing, nothing, np.empty(0, np.float32), nothing)
+        return Pairs(nothing, nothing, np.empty(0, np.float32), nothing, 0.0)
     pairs, scores, turns = (np.concatenate(column) for column in zip(*found))
     turns = turns.astype(np.int64)
     swapped = pairs[:, 0] > pairs[:, 1]
@@ -216,7 +224,7 @@ def look_alikes(looks: Looks, threads: int | None = None) -> Pairs:
     best = np.lexsort((turn, -scores, second, first))  # of a pair seen several times, the best one
     key = first[best] * len(looks.units) + second[best]
     best = best[np.unique(key, return_index=True)[1]]
-    return Pairs(first[best], second[best], scores[best], turn[best])
+    return Pairs(first[best], second[best], scores[best], turn[best], raised)
 
 
 def exact_copies(datasets: Sequence[Dataset], blank_too: bool = True) -> np.ndarray:
