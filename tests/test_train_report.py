@@ -375,6 +375,20 @@ def test_without_the_data_a_sentence_stands_in_place_of_pictures(tmp_path, pictu
     assert "are not in the data" in tree_of(make_run(tmp_path / "b", other, data=pictures)).text()
 
 
+def test_a_damaged_image_does_not_cost_the_others(pictures, monkeypatch):
+    from fastload.errors import CorruptError
+    from fastload.train.report import pictures as module
+
+    def encode(image):
+        if image[0, 0, 0] == 7:
+            raise CorruptError("cut off")
+        return "fine"
+
+    monkeypatch.setattr(module, "_encode", encode)
+    found, problem = module.find(["6", "7", "8"], [pictures])
+    assert found == {"6": "fine", "8": "fine"} and problem.startswith("1 of 3 images are")
+
+
 # ---- label errors
 
 
@@ -453,6 +467,20 @@ def test_runs_are_compared_first(tmp_path):
     assert "None: the runs were made with the same options." in same.text() and same.row(
         f"{tmp_path.name}/a (2)"
     )
+
+
+def test_intervals_are_drawn_on_one_scale(tmp_path):
+    """And none where there is none: all images are of one group."""
+    one, two = held(1, ids(90), skill=3), held(2, ids(90), skill=1)
+    lone = replace(one, groups=np.array(["x"] * 90))
+    page = Page([make_run(tmp_path / name, part) for name, part in (("a", one), ("b", two), ("c", lone))])
+    tree = Tree(page.html())
+    heads = [metrics.bootstrap("accuracy", part.true, part.probs) for part in (one, two)]
+    low, high = min(head[0] for head in heads), max(head[1] for head in heads)
+    dots = [float(a["cx"][:-1]) for a in tree.all("circle", "dot")]
+    wanted = [100 * (part.score("accuracy") - low) / (high - low) for part in (one, two)]
+    assert dots == pytest.approx(wanted, abs=0.01)
+    assert tree.row("c")[2:4] == [digits(one.score("accuracy")), "\N{EN DASH}\N{EN DASH}\N{EN DASH}"]
 
 
 def test_the_best_run_is_bold_also_where_less_is_better(tmp_path):

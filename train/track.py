@@ -1,8 +1,9 @@
 """TensorBoard and Weights & Biases as callbacks, for those who ask for them: ``Config(track=("tensorboard",))``.
 
-``log.jsonl`` of the run folder is always written and needs none of this. Both trackers count optimizer steps, so that a resumed run
-continues its curves: what was written after the checkpoint it goes on from is replaced. The loss of single steps is kept on the
-device and read once an epoch, when the device has been waited for anyway; the trade-off: a killed run loses those of its last epoch.
+``log.jsonl`` of the run folder is always written and needs none of this. Both trackers count optimizer steps, so that a resumed
+run continues its curves: what was written after the checkpoint it goes on from is replaced. The loss of single steps is kept on
+the device and read once an epoch, when the device has been waited for anyway; the trade-off: a killed run loses those of its last
+epoch.
 
 >>> Trainer(Config(track=("tensorboard", "wandb"))).fit("photos.beton", out="runs/photos")
 """
@@ -79,7 +80,7 @@ class TensorBoard(_Tracker):
         updates = session.step.updates
         # What an earlier attempt wrote after this step is no longer shown; at the start, all of it.
         purge = updates + 1 if updates else 0
-        self.writer = SummaryWriter(session.folder / "tensorboard", purge_step=purge)
+        self.writer: Any = SummaryWriter(session.folder / "tensorboard", purge_step=purge)
         if not updates:
             self.writer.add_images("images of the training side", _samples(session), 0, dataformats="NHWC")
 

@@ -8,7 +8,6 @@ is worst is on top instead.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -42,7 +41,7 @@ class Page:
             raise UsageError("a report needs at least one run folder, got none")
         self.results = unique_names([read(run) for run in runs])
         self.sections = [
-            section(one, _pictures(one, data), f"r{i}") for i, one in enumerate(self.results, start=1)
+            section(one, _sources(one, data), f"r{i}") for i, one in enumerate(self.results, start=1)
         ]
         self.comparison = comparison(self.results, self.sections)
 
@@ -96,12 +95,10 @@ class Page:
         return Path(out)
 
 
-def _pictures(result: Result, data: Dataset | str | Path | None) -> Any:
+def _sources(result: Result, data: Dataset | str | Path | None) -> list[Any]:
     """The data that was given, or what the run names: held-out images first."""
-    from fastload.train.report.pictures import Pictures
-
     if data is not None:
-        return Pictures(data)
+        return [data]
     named = result.info.get("data", {})
     paths = [named.get("valid"), named.get("train"), result.options.get("valid"), result.options.get("data")]
-    return Pictures(*(path for path in paths if isinstance(path, (str, os.PathLike))))
+    return [path for path in paths if isinstance(path, str)]

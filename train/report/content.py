@@ -3,7 +3,7 @@
 All of it is made from the files of the run folders; how it looks is decided in ``template.html.j2``. The trade-off: scores are
 computed anew from the saved probabilities, which costs seconds for 100,000 images and shows what any other tool would find.
 
->>> section(read("runs/photos"), Pictures("photos.beton"), "r1")["scores"]
+>>> section(read("runs/photos"), ["photos.beton"], "r1")["scores"]
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import numpy as np
 from fastload.train import calibrate, metrics, runs
 from fastload.train.config import Config
 from fastload.train.predictions import Predictions
-from fastload.train.report import plots
+from fastload.train.report import pictures, plots
 from fastload.train.report.label_errors import suspects
-from fastload.train.report.pictures import Pictures
 from fastload.train.report.read import Result, Training
 
 MATRIX = 30  # classes; of more, the most confused pairs are listed
@@ -34,8 +33,8 @@ NAMES = {
 }  # fmt: skip
 
 
-def section(result: Result, pictures: Pictures, anchor: str) -> dict[str, Any]:
-    """Everything about one run, for the template."""
+def section(result: Result, sources: Sequence[Any], anchor: str) -> dict[str, Any]:
+    """Everything about one run, for the template. ``sources``: where its pictures are, see :func:`pictures.find`."""
     best = result.best
     found: dict[str, Any] = {
         "id": anchor, "name": result.name, "folder": str(result.folder), "kind": result.kind, "notes": result.notes,
@@ -45,27 +44,31 @@ def section(result: Result, pictures: Pictures, anchor: str) -> dict[str, Any]:
     }  # fmt: skip
     if best is None or not len(best):
         return found
-    counts = None
-    if best.multilabel:
-        labels, chosen = best.true > 0.5, best.predicted.astype(bool)
-        counts = {"missed": (labels & ~chosen).sum(axis=0), "false": (chosen & ~labels).sum(axis=0)}
     table = None if best.multilabel else metrics.confusion(best.true, best.predicted, len(best.classes))
-    rows = metrics.per_class(best.true, best.probs, best.classes, best.decided)
-    for i, row in enumerate(rows):
-        row |= {name: int(values[i]) for name, values in (counts or {}).items()}
-    small = table is not None and len(best.classes) <= MATRIX
+    small = len(best.classes) <= MATRIX
     wrong, doubtful = mistakes(best), label_errors(best)
-    shown = pictures.find([card["id"] for card in wrong["cards"] + doubtful["cards"]])
-    for card in wrong["cards"] + doubtful["cards"]:
+    cards = wrong["cards"] + doubtful["cards"]
+    shown, problem = pictures.find([card["id"] for card in cards], sources)
+    for card in cards:
         card["picture"] = shown.get(card["id"])
     return found | {
         "multilabel": best.multilabel, "headline": headline(result, "best"), "last": headline(result, "last"),
-        "scores": scores(result), "per_class": sorted(rows, key=lambda row: (math.isnan(row["f1"]), row["f1"])),
+        "scores": scores(result), "per_class": per_class(best),
         "matrix": plots.heat_map(table, best.classes) if table is not None and small else None,
         "pairs": pairs(table, best.classes) if table is not None and not small else None,
-        "mistakes": wrong, "label_errors": doubtful, "pictures": bool(shown), "problem": pictures.problem,
+        "mistakes": wrong, "label_errors": doubtful, "pictures": bool(shown), "problem": problem,
         "calibration": calibration(best),
     }  # fmt: skip
+
+
+def per_class(held: Predictions) -> list[dict[str, Any]]:
+    """Figures of each class, weakest F1 first; for several labels an image also how many were missed, and given falsely."""
+    rows = metrics.per_class(held.true, held.probs, held.classes, held.decided)
+    if held.multilabel:
+        true, given = held.true > 0.5, held.predicted > 0.5
+        for row, missed, false in zip(rows, (true & ~given).sum(axis=0), (given & ~true).sum(axis=0)):
+            row |= {"missed": int(missed), "false": int(false)}
+    return sorted(rows, key=lambda row: (math.isnan(row["f1"]), row["f1"]))
 
 
 def number(value: float | None) -> str:
@@ -90,11 +93,8 @@ def facts(result: Result) -> list[tuple[str, str]]:
     options, lines = result.options, [line for one in result.trainings for line in one.history]
     folds = ""
     if result.kind == "cv":
-        there, wanted, repeats = (
-            len(result.trainings),
-            result.info.get("folds", "?"),
-            result.info.get("repeats", 1),
-        )
+        there, wanted = len(result.trainings), result.info.get("folds", "?")
+        repeats = result.info.get("repeats", 1)
         folds = f"{wanted}" + (f" \N{MULTIPLICATION SIGN} {repeats}" if repeats != 1 else "")
         folds += "" if there == wanted * repeats else f", {there} there"
     images = [f"{data[key]:,} {word}" for key, word in (("train_images", "to learn from"), ("valid_images", "held out"))
@@ -125,37 +125,34 @@ def headline(result: Result, which: str, metric: str | None = None) -> dict[str,
     if held is None or not len(held):
         return None
     metric = metric or result.metric
-    value = held.score(metric)
     saved = result.scores.get(which, {}).get("interval") if metric == result.metric else None
     low, high = saved or metrics.bootstrap(metric, held.true, held.probs, held.groups, held.decided)
-    return {
-        "value": value,
-        "low": low,
-        "high": high,
-        "images": len(held),
-        "by_group": held.groups is not None,
-    }
+    found = {"value": held.score(metric), "low": low, "high": high}
+    return found | {"images": len(held), "by_group": held.groups is not None}
 
 
 def scores(result: Result) -> list[tuple[str, float | None, float | None]]:
     """Every scalar metric: name, at the best epochs, at the last ones."""
-    best, last = (
-        {}
-        if held is None
-        else {**held.summary(), metrics.ALIASES.get(result.metric, result.metric): held.score(result.metric)}
-        for held in (result.best, result.last)
-    )
-    return [(NAMES.get(name, name), value, last.get(name)) for name, value in best.items()]
+
+    def every(held: Predictions | None) -> dict[str, float]:
+        name = metrics.ALIASES.get(result.metric, result.metric)  # which a summary need not have
+        return {} if held is None else {**held.summary(), name: held.score(name)}
+
+    last = every(result.last)
+    return [(NAMES.get(name, name), value, last.get(name)) for name, value in every(result.best).items()]
 
 
 def training(one: Training, metric: str) -> dict[str, Any]:
     """A row of the table of folds; figures are None where they are not known."""
-    held = one.best.summary() if one.best is not None and len(one.best) else {}
+
+    def score(held: Predictions | None, name: str) -> float | None:
+        return held.score(name) if held is not None and len(held) else None
+
+    kept, epochs = one.kept, len(one.history)
     return {
-        "name": one.name, "images": None if one.best is None else len(one.best), "epochs": len(one.history),
-        "best_epoch": None if one.kept is None else one.kept.get("average", one.kept["epoch"]), "score": None if not held or one.best is None else one.best.score(metric),
-        "last": None if one.last is None or not len(one.last) else one.last.score(metric),
-        "accuracy": held.get("accuracy"), "macro_f1": held.get("macro_f1"), "log_loss": held.get("log_loss"),
+        "name": one.name, "images": None if one.best is None else len(one.best),
+        "kept": None if kept is None else kept.get("average", f"{kept['epoch']} of {epochs}"),
+        "score": score(one.best, metric), "last": score(one.last, metric), "log_loss": score(one.best, "log_loss"),
     }  # fmt: skip
 
 
@@ -163,11 +160,7 @@ def _lines(result: Result, key: str, name: str, style: str = "ours") -> list[plo
     """A thin line for each fold and the mean of all, or the one line of a run."""
     found = []
     for one in result.trainings:
-        at = [
-            (line["epoch"], float(line[key]))
-            for line in one.history
-            if isinstance(line.get(key), (int, float))
-        ]
+        at = [(line["epoch"], line[key]) for line in one.history if isinstance(line.get(key), (int, float))]
         if at:
             xs, ys = zip(*at)
             found.append(plots.Line(f"{one.name}, {name}", xs, ys, "thin"))
@@ -194,22 +187,17 @@ def curves(result: Result) -> list[dict[str, Any]]:
 def speed(result: Result) -> dict[str, Any] | None:
     """Share of the time that training waited for data, and images per second, over epochs."""
     lines = [
-        line for one in result.trainings for line in one.history if "stall" in line and "images_per_s" in line
+        line for one in result.trainings for line in one.history if {"stall", "images_per_s"} <= set(line)
     ]
     if not lines:
         return None
     waits, images = _lines(result, "stall", "waiting for data"), _lines(result, "images_per_s", "images/s")
-    return {
-        "stall": float(np.median([line["stall"] for line in lines])),
-        "images_per_s": float(np.median([line["images_per_s"] for line in lines])),
-        "plots": [
-            {
-                "name": "Share of the time spent waiting for data",
-                "plot": plots.chart(waits, percent=True, zero=True),
-            },
-            {"name": "Training images per second", "plot": plots.chart(images, zero=True)},
-        ],
-    }
+    charts = [
+        ("Share of the time spent waiting for data", plots.chart(waits, percent=True, zero=True)),
+        ("Training images per second", plots.chart(images, zero=True)),
+    ]
+    middle = {name: float(np.median([line[name] for line in lines])) for name in ("stall", "images_per_s")}
+    return middle | {"plots": [{"name": name, "plot": plot} for name, plot in charts]}
 
 
 def pairs(table: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -217,14 +205,15 @@ def pairs(table: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
     off = table.copy()
     np.fill_diagonal(off, 0)
     order = np.argsort(-off, axis=None, kind="stable")[:PAIRS]
+    places = [divmod(int(place), len(classes)) for place in order]
     return [
         {
             "true": classes[i],
             "predicted": classes[j],
             "count": int(off[i, j]),
-            "share": float(off[i, j] / table[i].sum()),
+            "share": off[i, j] / table[i].sum(),
         }
-        for i, j in (divmod(int(place), len(classes)) for place in order)
+        for i, j in places
         if off[i, j]
     ]
 
@@ -306,25 +295,15 @@ def text(value: Any) -> str:
 
 def environment(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
     """What run.json says of resolved values, data, versions and the machine."""
-    found = []
-    for key, name in (
-        ("resolved", "Resolved"),
-        ("data", "Data"),
-        ("versions", "Versions"),
-        ("machine", "Machine"),
-    ):
-        values = result.info.get(key)
-        if isinstance(values, dict):
-            found.append(
-                (
-                    name,
-                    [
-                        (k, ", ".join(map(text, v)) if isinstance(v, list) else text(v))
-                        for k, v in values.items()
-                    ],
-                )
-            )
-    return found
+
+    def one_line(value: Any) -> str:
+        return ", ".join(map(text, value)) if isinstance(value, list) else text(value)
+
+    return [
+        (name.capitalize(), [(key, one_line(value)) for key, value in values.items()])
+        for name in ("resolved", "data", "versions", "machine")
+        if isinstance(values := result.info.get(name), dict)
+    ]
 
 
 def comparison(results: Sequence[Result], sections: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -332,40 +311,34 @@ def comparison(results: Sequence[Result], sections: Sequence[dict[str, Any]]) ->
     if len(results) < 2:
         return None
     metric = results[0].metric
+    shown = NAMES.get(metric, metric)
     rows = []
     for result, found in zip(results, sections):
         head = found["headline"] if result.metric == metric else headline(result, "best", metric)
         summary = {} if result.best is None else result.best.summary()
         rows.append({"id": found["id"], "name": result.name, "head": head, "summary": summary, "speed": found["speed"],
-                     "seconds": sum(line.get("seconds", 0.0) for one in result.trainings for line in one.history),
-                     "metric": result.metric})  # fmt: skip
+                     "seconds": sum(line.get("seconds", 0.0) for one in result.trainings for line in one.history)})  # fmt: skip
     heads = [row["head"] for row in rows if row["head"]]
+    sure = [head for head in heads if math.isfinite(head["low"])]  # of one group there is no interval
     ends = (
-        min((head["low"] for head in heads), default=0.0),
-        max((head["high"] for head in heads), default=1.0),
+        min((head["low"] for head in sure), default=0.0),
+        max((head["high"] for head in sure), default=1.0),
     )
     for row in rows:
         head = row["head"]
-        label = (
-            ""
-            if head is None
-            else f"{row['name']}: {number(head['value'])}, {number(head['low'])} to {number(head['high'])}"
-        )
-        row["plot"] = plots.interval(head["value"], head["low"], head["high"], ends, label) if head else ""
-    values = [head["value"] for head in heads]
+        row["plot"] = plots.interval(head["value"], head["low"], head["high"], ends) if head in sure else ""
+    values = [head["value"] for head in heads if math.isfinite(head["value"])]
     best = (max if metrics.higher_is_better(metric) else min)(values, default=None)
     names = dict.fromkeys(name for result in results for name in result.options)
     table = [(name, [text(result.options.get(name)) for result in results]) for name in names]
     images = {frozenset(result.best.ids) for result in results if result.best is not None}
     notes = []
     if len(images) > 1:
-        notes.append(
-            "The runs were scored on different images, so part of a difference may be the images and not the model."
-        )
+        notes.append("The runs were scored on different images, which may be part of a difference.")
     if len({result.metric for result in results}) > 1:
-        notes.append(
-            f"Not all runs chose their best epoch by the same metric; all are compared by {NAMES.get(metric, metric)}."
-        )
-    return {"metric": NAMES.get(metric, metric), "rows": rows, "best": best, "notes": notes, "ends": ends,
-            "beside": [(key, NAMES[key]) for key in ("accuracy", "macro_f1", "log_loss") if NAMES[key] != NAMES.get(metric)],
-            "differences": [(name, values) for name, values in table if len(set(values)) > 1]}  # fmt: skip
+        notes.append(f"The runs chose their best epochs by different metrics; all are compared by {shown}.")
+    return {
+        "metric": shown, "rows": rows, "best": best, "notes": notes, "ends": ends,
+        "beside": [(key, NAMES[key]) for key in ("accuracy", "macro_f1", "log_loss") if NAMES[key] != shown],
+        "differences": [(name, values) for name, values in table if len(set(values)) > 1],
+    }  # fmt: skip

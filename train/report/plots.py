@@ -1,4 +1,4 @@
-"""Plots as inline SVG, coloured by the page's style. Along, places are percentages: a plot fits any width and its text is not scaled.
+"""Plots as inline SVG, coloured by the page's style. Along, places are percentages: they fit any width, and text is not scaled.
 
 What a vertical axis must stretch is drawn in a nested picture of its own. The trade-off: heights are fixed pixels.
 
@@ -124,13 +124,14 @@ def _clear(place: float) -> bool:
     return 16 <= place <= 84
 
 
-def interval(value: float, low: float, high: float, ends: tuple[float, float], label: str) -> Markup:
+def interval(value: float, low: float, high: float, ends: tuple[float, float]) -> Markup:
     """A score as a dot on its interval; ``ends``: the scale, the same for all rows of one table."""
     span = (ends[1] - ends[0]) or 1.0
 
     def x(one: float) -> str:
         return f"{_n(100 * (one - ends[0]) / span)}%"
 
+    label = f"{value:.4f}, {low:.4f} to {high:.4f}"
     parts = [
         tag("title", label),
         _line("0%", 12, "100%", 12, "grid"),
@@ -209,7 +210,7 @@ def reliability(found: Mapping[str, Any]) -> Markup:
     edges, counts, most = found["edges"], found["count"], found["count"].max()
     for i in np.flatnonzero(counts):
         right, sure = float(found["accuracy"][i]), float(found["confidence"][i])
-        text = f"confidence {edges[i]:.0%} to {edges[i + 1]:.0%}: {counts[i]:,} answers, mean confidence {sure:.1%}, right {right:.1%}"
+        text = f"confidence {edges[i]:.0%} to {edges[i + 1]:.0%}: {counts[i]:,} answers, sure by {sure:.1%}, right {right:.1%}"
         tall = max(1.0, 26 * counts[i] / most)
         for style, top, size in (
             ("bar", height * (1 - min(right, sure)), height * min(right, sure)),
