@@ -21,16 +21,17 @@ import fastload
 from fastload import transforms
 from fastload.cli import main
 from fastload.errors import DataError, UsageError
-from fastload.train import Config, Step, Trainer, load_run, predict
+from fastload.train import Callback, Config, Step, Trainer, load_run, predict
 from fastload.train import trainer as trainer_module
 from fastload.train.data import TrainWarning, make_split
-from fastload.train.trainer import _better
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 NAMES = list(COLOURS)
 CFG = Config(
     model="test_resnet", epochs=2, size=32, batch_size=8, lr=3e-3, augment="light", ema=0.9, device="cpu", threads=1
 )  # fmt: skip
+
+LEAKY = replace(CFG, allow_leak=True)  # for files whose pictures are the same on purpose
 
 
 def write(
@@ -95,9 +96,12 @@ def test_it_learns_and_says_how_well(trained):
 
 def test_the_folder_holds_what_is_promised_and_nothing_else(trained):
     names = {path.name for path in trained.folder.iterdir()}
-    assert names == {"config.json", "split.csv", "log.jsonl", "best.pt", "last.pt", "valid_probs.npz"}
-    content = json.loads((trained.folder / "config.json").read_text())
-    assert Config.from_dict(content["config"]) == trained.config
+    assert names == {
+        "config.yaml", "run.json", "split.csv", "log.jsonl", "best.pt", "last.pt", "valid_probs.npz", "last_probs.npz",
+        "result.json",
+    }  # fmt: skip
+    content = json.loads((trained.folder / "run.json").read_text())
+    assert Config.load(trained.folder / "config.yaml") == trained.config
     assert content["resolved"]["amp"] == "off" and content["resolved"]["lr"] == 3e-3
     assert content["data"]["classes"] == NAMES
 
@@ -145,15 +149,6 @@ def test_the_best_checkpoint_gives_the_probabilities_that_were_scored(trained, p
     assert again.accuracy == trained.accuracy
 
 
-def test_what_is_best():
-    old = {"valid_loss": 1.0, "accuracy": 0.5, "macro_f1": 0.4}
-    new = {"valid_loss": 1.1, "accuracy": 0.6, "macro_f1": 0.4}
-    assert _better(new, None, "loss")
-    assert (
-        _better(new, old, "accuracy") and not _better(new, old, "macro_f1") and not _better(new, old, "loss")
-    )
-
-
 def test_the_callers_random_state_is_left_alone(photos, tmp_path):
     torch.manual_seed(5)
     want = torch.rand(3)
@@ -181,11 +176,11 @@ def test_stall_is_the_share_of_time_spent_waiting_for_images(photos, tmp_path, m
         time.sleep(0.02 if slow == "loader" else 0.0)
         return image
 
-    def pipeline(cfg, mean, std):
-        *steps, last = normal(cfg, mean, std)
+    def pipeline(cfg, mean, std, size):
+        *steps, last = normal(cfg, mean, std, size)
         return (*steps, transforms.PerImage(wait), last)
 
-    def step(self, images, labels):
+    def step(self, images, labels, *rest):
         time.sleep(0.3 if slow == "model" else 0.0)
         return torch.zeros(())
 
@@ -204,7 +199,7 @@ class Interrupted(Exception):
     pass
 
 
-def with_dropout(name, num_classes, pretrained=False, size=None):
+def with_dropout(num_classes):
     """A model that draws random numbers in training and has batch norm, so that both must survive a resume."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3),
@@ -212,31 +207,35 @@ def with_dropout(name, num_classes, pretrained=False, size=None):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["boundary", "middle", "before"])
+@pytest.mark.parametrize("where", ["boundary", "middle", "inside", "before"])
 def test_a_resumed_run_ends_like_one_never_interrupted(photos, tmp_path, monkeypatch, where):
-    monkeypatch.setattr(trainer_module, "create_model", with_dropout)
-    cfg = replace(CFG, epochs=3, accumulate=2)
-    whole = Trainer(cfg).fit(photos, out=tmp_path / "whole", progress=False)
+    cfg = replace(CFG, epochs=3, accumulate=2, save_minutes=0.0 if where == "inside" else 5.0)
+    whole = Trainer(cfg, model=with_dropout).fit(photos, out=tmp_path / "whole", progress=False)
 
-    def stop(line):
-        if where == "boundary" and line["epoch"] == 2:
-            raise Interrupted
+    class Stop(Callback):
+        def on_epoch(self, session, line):
+            if where == "boundary" and line["epoch"] == 2:
+                raise Interrupted
 
     real, calls = Step.__call__, []
 
-    def failing(self, images, labels):
+    def failing(self, images, labels, *rest):
         calls.append(1)
-        if len(calls) == {"boundary": 0, "middle": 7, "before": 2}[where]:
+        if len(calls) == {"boundary": 0, "middle": 7, "inside": 8, "before": 2}[where]:
             raise Interrupted
-        return real(self, images, labels)
+        return real(self, images, labels, *rest)
 
     monkeypatch.setattr(Step, "__call__", failing)
     with pytest.raises(Interrupted):
-        Trainer(cfg).fit(photos, out=tmp_path / "cut", progress=False, on_epoch=stop)
+        Trainer(cfg, model=with_dropout).fit(photos, out=tmp_path / "cut", progress=False, callbacks=[Stop()])
     monkeypatch.setattr(Step, "__call__", real)
     assert (tmp_path / "cut" / "last.pt").exists() == (where != "before")
+    if where == "inside":  # it goes on where the last step was written, not at the epoch's beginning
+        assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["inside"]["batch"] == 2
     torch.manual_seed(123)
-    run = Trainer(replace(cfg, threads=2)).fit(photos, out=tmp_path / "cut", resume=True, progress=False)
+    run = Trainer(replace(cfg, threads=2), model=with_dropout).fit(
+        photos, out=tmp_path / "cut", resume=True, progress=False
+    )
     for name in ("last.pt", "best.pt"):
         a, b = (torch.load(tmp_path / kind / name, weights_only=True) for kind in ("whole", "cut"))
         assert same(a, b), name
@@ -324,21 +323,21 @@ def test_one_class_only(tmp_path):
         make_split(write(tmp_path / "one.beton", [1] * 6), None, CFG)
 
 
-def test_labels_that_are_missing_or_many(tmp_path):
+def test_labels_that_are_missing_or_of_no_use(tmp_path):
     image = np.zeros((32, 32, 3), np.uint8)
     fastload.convert([{"image": image}] * 4, tmp_path / "none.beton", progress=False)
     with pytest.raises(DataError, match="no field 'label'"):
         make_split(tmp_path / "none.beton", None, CFG)
-    many = [{"image": image, "label": np.array([1, 0], np.float32)}] * 4
+    many = [{"image": image, "label": np.array([0.3, 0], np.float32)}] * 4
     fastload.convert(many, tmp_path / "many.beton", progress=False)
-    with pytest.raises(DataError, match="not one class per image"):
+    with pytest.raises(DataError, match="other than 0 and 1"):
         make_split(tmp_path / "many.beton", None, CFG)
 
 
 def test_labels_without_names_are_named_by_number(tmp_path):
     items = [{"image": np.zeros((32, 32, 3), np.uint8), "label": i % 3} for i in range(9)]
     fastload.convert(items, tmp_path / "n.beton", progress=False)
-    assert make_split(tmp_path / "n.beton", None, CFG).classes == ["0", "1", "2"]
+    assert make_split(tmp_path / "n.beton", None, replace(CFG, allow_leak=True)).classes == ["0", "1", "2"]
 
 
 def test_empty_data(photos):
@@ -366,7 +365,7 @@ def test_validation_on_one_of_joined_training_files_is_refused(photos, tmp_path)
     with pytest.raises(DataError, match="3 of 9 validation images are training images too"):
         make_split(joined.subset(range(15)), fastload.open(photos).subset(range(9)), CFG)
     assert (
-        len(make_split(joined.subset(range(15)), fastload.open(photos).subset(range(3, 9)), CFG).valid) == 6
+        len(make_split(joined.subset(range(15)), fastload.open(photos).subset(range(3, 9)), LEAKY).valid) == 6
     )
 
 
@@ -384,7 +383,7 @@ def test_groups(tmp_path):
     assert split.group_field == "group"
     assert not set(split.train_groups) & set(split.valid_groups)
     assert {row[2] for row in split.rows()} == {str(p) for p in people}
-    free = make_split(data, None, replace(CFG, groups="none"))
+    free = make_split(data, None, replace(LEAKY, groups="none"))
     assert free.group_field is None and {row[2] for row in free.rows()} == {""}
     with pytest.raises(UsageError, match=r"groop.*group"):
         make_split(data, None, replace(CFG, groups="groop"))
@@ -392,7 +391,7 @@ def test_groups(tmp_path):
     with pytest.raises(DataError, match=r"1 values of 'group'.*'3'"):
         make_split(data, other, CFG)
     with pytest.warns(TrainWarning, match="'red'"):
-        assert len(make_split(data, other, replace(CFG, groups="none")).valid) == 2
+        assert len(make_split(data, other, replace(LEAKY, groups="none")).valid) == 2
 
 
 def test_groups_may_be_text(tmp_path):
@@ -400,7 +399,7 @@ def test_groups_may_be_text(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
     items = [{"image": image, "label": i % 2, "person": people[i // 6]} for i in range(24)]
     fastload.convert(items, tmp_path / "p.beton", store="raw", progress=False)
-    split = make_split(tmp_path / "p.beton", None, replace(CFG, groups="person"))
+    split = make_split(tmp_path / "p.beton", None, replace(CFG, groups="person", allow_leak=True))
     assert {row[2] for row in split.rows()} == set(people)
     assert not set(split.train_groups) & set(split.valid_groups)
 
@@ -415,13 +414,38 @@ def test_a_training_that_diverges(photos, tmp_path):
     assert not (tmp_path / "r" / "last.pt").exists()
 
 
-def test_out_of_memory_names_the_cure(photos, tmp_path, monkeypatch):
-    def full(self, images, labels):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def small_memory(most: int):
+    """Makes a model that runs out of memory in training with more than ``most`` images, as a GPU does."""
 
-    monkeypatch.setattr(Step, "__call__", full)
-    with pytest.raises(UsageError, match=r"--batch-size 4 --accumulate 2"):
-        Trainer(CFG).fit(photos, out=tmp_path / "r", progress=False)
+    class Small(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.head = nn.Linear(4, classes)
+
+        def forward(self, images):
+            if self.training and len(images) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return self.head(self.body(images))
+
+    return Small
+
+
+def test_micro_batches_when_asked_for_give_the_same_weights(photos, tmp_path):
+    cfg = replace(CFG, accumulate=2, clip_grad=0.1)
+    Trainer(replace(cfg, oom="micro"), model=small_memory(3)).fit(photos, out=tmp_path / "a", progress=False)
+    Trainer(cfg, model=small_memory(99)).fit(photos, out=tmp_path / "b", progress=False)
+    a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)["step"] for n in "ab")
+    assert a["micro"] == 2 and b["micro"] == 8 and a["updates"] == b["updates"]
+    for name, value in a["model"].items():
+        torch.testing.assert_close(value, b["model"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_out_of_memory_names_the_cure(photos, tmp_path):
+    with pytest.raises(UsageError, match=r"--batch-size 2 --accumulate 4"):
+        Trainer(CFG, model=small_memory(3)).fit(photos, out=tmp_path / "r", progress=False)
+    with pytest.raises(UsageError, match="even one image"):
+        Trainer(CFG, model=small_memory(0)).fit(photos, out=tmp_path / "s", progress=False)
 
 
 def test_batch_norm_on_one_image_names_the_cure(photos, tmp_path):
@@ -473,12 +497,8 @@ def test_command(photos, tmp_path, capsys):
     figures = json.loads(text.splitlines()[-1])
     assert {"accuracy", "macro_f1", "best_epoch", "run", "images_per_s", "stall", "seconds"} <= figures.keys()
     assert text.count("epoch ") >= 3 and figures["epochs"] == 2
-    options = json.loads((out / "config.json").read_text())["config"]
-    assert (
-        options["flip"] is False
-        and options["size"] == 32
-        and options["weight_decay"] == Config().weight_decay
-    )
+    options = Config.load(out / "config.yaml")
+    assert options.flip is False and options.size == 32 and options.weight_decay == Config.weight_decay
 
     code, _, err = call(capsys, *args, *sizes)
     assert code == 2 and "--resume" in err and "Traceback" not in err

@@ -253,7 +253,7 @@ class Config:
         known = {spec.name: str(spec.type) for spec in fields(cls)}
         # YAML 1.1 reads 1e-3 as text.
         values = {
-            str(k): _read(str(k), v, known[k]) if isinstance(v, str) and k in known else v
+            str(k): _read(str(k), v, known[k]) if k in known and isinstance(v, (str, list)) else v
             for k, v in content.items()
         }
         return cls.from_dict(values)
@@ -310,11 +310,14 @@ def _has_type(value: Any, wanted: str) -> bool:
     return isinstance(value, int) or (kind == "float" and isinstance(value, float) and math.isfinite(value))
 
 
-def _read(name: str, text: str, wanted: str) -> Any:
+def _read(name: str, text: Any, wanted: str) -> Any:
     """The value that ``text`` means for an option of kind ``wanted``; what does not fit is left for the checks to refuse."""
     if wanted.startswith("tuple"):
-        parts = [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
-        return tuple(_read(name, part, wanted[len("tuple[") :].partition(",")[0]) for part in parts)
+        inner = wanted[len("tuple[") :].partition(",")[0]
+        parts = text if isinstance(text, list) else text.strip("[]()").split(",")
+        return tuple(_read(name, p.strip(), inner) if isinstance(p, str) else p for p in parts if p != "")
+    if not isinstance(text, str):
+        return text
     kind, _, optional = wanted.partition(" | ")
     word = text.strip().lower()
     if optional and word in ("none", "null", "~", ""):

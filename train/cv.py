@@ -27,7 +27,6 @@ from fastload.train.data import (
     folds_of,
     read_labelled,
     refuse_leaks,
-    take_sides,
 )
 from fastload.train.distributed import ranks
 from fastload.train.files import write_json
@@ -265,7 +264,7 @@ def read_run(folder: str | Path) -> runs.Run | CvRun:
 
 def _clear(folder: Path) -> None:
     """Remove an earlier cross-validation (or run) and nothing else."""
-    for place in [folder, *sorted(folder.glob("fold*"))]:
+    for place in [folder, *sorted(folder.glob("fold[0-9]*"))]:
         runs.clear(place)
     for name in (FOLDS, SCORES, OOF, OOF_LAST):
         (folder / name).unlink(missing_ok=True)

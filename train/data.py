@@ -170,9 +170,8 @@ def refuse_leaks(
         )
         return
     raise DataError(
-        f"this split probably leaks, so its score would be too good: {text}. Keep together what belongs together with --groups "
-        "FIELD, --groups parent (one folder) or --groups duplicates (look-alikes), or say --allow-leak; 'fastload check' shows "
-        "the images"
+        f"this split probably leaks, so its score would be too good: {text}. Say what belongs together with --groups (a field, "
+        "parent, duplicates), or train all the same with --allow-leak; 'fastload check' shows the images"
     )
 
 

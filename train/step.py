@@ -96,15 +96,18 @@ class Step:
         self._wrap()
         self._set_lr()
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, total: int | None = None) -> torch.Tensor:
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, total: int | None = None, final: bool = False
+    ) -> torch.Tensor:
         """Learn from ``images`` (B, 3, H, W) float and ``labels`` (B,) int64, or (B, C) float weights of the classes.
 
-        ``total``: images of this batch in all processes together, None where there is one process. Returns the mean loss of this
-        batch as a detached 0-d tensor on the device; reading it makes the device wait.
+        ``total``: images of this batch in all processes together, None where there is one process; ``final``: no batch follows in
+        this epoch, so a window ends here. Returns the mean loss of this batch as a detached 0-d tensor on the device; reading it
+        makes the device wait.
         """
         images = images.to(self.device, non_blocking=True, memory_format=self.layout)
         labels = labels.to(self.device, non_blocking=True)
-        last = self._batches + 1 == self.accumulate
+        last = final or self._batches + 1 == self.accumulate
         if self.may_shrink:
             self._window.append((images, labels))
         try:
@@ -119,13 +122,13 @@ class Step:
             self.flush()
         return loss / max(1, len(images))
 
-    def idle(self, like: torch.Tensor, total: int) -> torch.Tensor:
+    def idle(self, like: torch.Tensor, total: int, final: bool) -> torch.Tensor:
         """Take part in a batch for which only other processes have images, ``total`` of them; the loss is 0.
 
         ``like``: images (B, 3, H, W) to send through the model, which gives gradients of 0.
         """
         images = like.to(self.device, memory_format=self.layout)
-        last = self._batches + 1 == self.accumulate
+        last = final or self._batches + 1 == self.accumulate
         with self._sync(last), autocast(self.device, self.amp):
             nothing = self.forward(images).float().sum() * 0
         self.scaler.scale(nothing).backward()

@@ -240,10 +240,9 @@ class Session:
     def _one_epoch(self) -> dict[str, Any]:
         """Learn, validate, write. ``last.pt`` comes last: a run killed before it repeats what came after the one before."""
         cfg, step, start = self.cfg, self.step, time.perf_counter()
-        line: dict[str, Any] = {
-            "epoch": self.epoch + 1, "lr": step.optimizer.param_groups[0]["lr"], "size": cfg.size_at(self.epoch),
-        }  # fmt: skip
-        line |= self._learn()
+        lr = step.optimizer.param_groups[0]["lr"] if self.inside is None else self.inside["lr"]
+        line: dict[str, Any] = {"epoch": self.epoch + 1, "lr": lr, "size": cfg.size_at(self.epoch)}
+        line |= self._learn(lr)
         self.valid = self._validate(step.best_model)
         line |= metrics.brief(self.valid.true, self.valid.probs, cfg.metric)
         line["seconds"] = time.perf_counter() - start
@@ -263,8 +262,8 @@ class Session:
         self.save()
         return line
 
-    def _learn(self) -> dict[str, float]:
-        """One epoch of training: mean loss, images per second, share of the time the loader was waited for."""
+    def _learn(self, lr: float) -> dict[str, float]:
+        """One epoch of training, which began at ``lr``: mean loss, images per second, share of the time the loader was waited for."""
         cfg, step, size = self.cfg, self.step, self.cfg.batch_size
         feed = self._feed(cfg.size_at(self.epoch))
         feed.set_epoch(self.epoch)
@@ -284,7 +283,12 @@ class Session:
             for pixels, labels, ours in self._batches(feed, batch):
                 everywhere = sum(min(max(n - batch * size, 0), size) for n in self.per_rank)
                 batch += 1
-                loss = self._try(pixels, labels, everywhere) if ours else step.idle(pixels, everywhere)
+                final = batch == self.batches
+                loss = (
+                    self._try(pixels, labels, everywhere, final)
+                    if ours
+                    else step.idle(pixels, everywhere, final)
+                )
                 total += loss * len(pixels)
                 bar.update(len(pixels) if ours else 0)
                 now = time.perf_counter()
@@ -298,10 +302,9 @@ class Session:
                     if self._time_to_save(now - saved, batch):
                         saved = now
                         self.save({
-                            "batch": batch, "loss": self.ranks.gather(total.cpu()),
+                            "batch": batch, "lr": lr, "loss": self.ranks.gather(total.cpu()),
                             "waited": waited + feed.stats()["wait_s"], "seconds": before + now - begun,
                         })  # fmt: skip
-            step.flush()
             # Waits until the device has done everything, so the clock is true.
             mean = self._finite(self.ranks.sum(total).item() / sum(self.per_rank))
         seconds = before + time.perf_counter() - begun
@@ -320,9 +323,10 @@ class Session:
         for _ in range(number, self.batches):
             yield pixels, labels, False
 
-    def _try(self, pixels: torch.Tensor, labels: torch.Tensor, everywhere: int) -> torch.Tensor:
+    def _try(self, pixels: torch.Tensor, labels: torch.Tensor, everywhere: int, final: bool) -> torch.Tensor:
+        """One step; if memory runs out, an error that says which batch size would fit."""
         try:
-            return self.step(pixels, labels, everywhere)
+            return self.step(pixels, labels, everywhere, final)
         except torch.OutOfMemoryError as error:
             fits = self.step.fitting(pixels, labels)
             raise no_memory(self.cfg, self.step.device, fits) from error
