@@ -186,6 +186,7 @@ def share_spread(row, labels, groups, k):
     return shares.std(axis=1).mean()
 
 
+@pytest.mark.filterwarnings("ignore:The least populated class")
 @pytest.mark.parametrize("people", [15, 60, 200])
 def test_stratified_groups_are_more_even_than_those_of_scikit_learn(people):
     ours, theirs, emptied = [], [], 0
@@ -228,6 +229,15 @@ def test_classes_that_two_folds_cannot_both_hold_out():
         assert all(set(labels[folds.sides(f)[0]]) == set(labels) for f in range(2))
 
 
+def test_seeds_differ_in_what_is_together_also_where_all_groups_differ_in_size():
+    groups = np.repeat(np.arange(12), np.arange(1, 13))
+    labels = np.zeros(len(groups), dtype=int)
+    rows = [make(labels, groups=groups, folds=3, seed=seed).vector() for seed in range(6)]
+    assert len({frozenset(frozenset(groups[row == k].tolist()) for k in range(3)) for row in rows}) > 1
+    assert len({row[-1] for row in rows}) > 1  # the largest group is not always in the first fold
+    assert all(np.ptp(np.bincount(row)) <= 1 for row in rows)
+
+
 def test_images_without_a_group_are_on_their_own():
     groups = np.array(["a", "a", "a", "", "", "", "", ""])
     folds = make(np.zeros(8, dtype=int), groups=groups, scheme="group", folds=2)
@@ -260,17 +270,17 @@ def test_several_labels_are_spread_better_than_by_chance():
         for options in ({}, {"groups": groups}, {"scheme": "kfold"})
     )
     assert (np.ptp(images, axis=0) <= 1).all() and np.ptp(images.sum(axis=1)) <= 5
-    assert (np.ptp(by_group, axis=0) <= 3).all()
+    assert (np.ptp(by_group, axis=0) <= np.maximum(1, 0.1 * by_group.mean(axis=0))).all()
     assert np.ptp(chance, axis=0).mean() > 4
     assert (images[:, -1] > 0).all()
 
 
 def test_labels_of_an_image_are_joined():
     labels = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1], [1, 1, 1]], dtype=np.float32)
-    folds = make(labels, ["red car", "car", "sun"], folds=2, scheme="kfold")
-    assert folds.labels == ["red car sun", "", "car", "red car car", "sun", "red car car sun"]
+    folds = make(labels, ["car red", "car", "sun"], folds=2, scheme="kfold")
+    assert folds.labels == ["car red sun", "", "car", "car red car", "sun", "car red car sun"]
     one = Folds(folds.ids, np.array([[0, 1, 1, 1, 1, 1]]), folds.labels, None, "given")
-    assert check_folds(one, ["red car", "car", "sun"]) == [
+    assert check_folds(one, ["car red", "car", "sun"]) == [
         "1 of 3 classes have no validation image in fold 0: 'car'",
         "1 of 3 classes have no training image in fold 1: 'car'",
     ]
@@ -280,7 +290,7 @@ def test_labels_of_an_image_are_joined():
 
 
 @SLOW_MACHINE
-@given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.floats(0.05, 0.6), st.integers(0, 1000))
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.floats(0.05, 0.95), st.integers(0, 1000))
 def test_stratified_holdout(counts, fraction, seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
     if max(counts) == 1:

@@ -9,19 +9,13 @@ import os
 import resource
 import signal
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastload.errors import DataError, UsageError
 from fastload.train import checkpoint
 from fastload.train.config import Config, differences
 from fastload.train.files import write_atomic, write_csv, write_json
-
-SLOW_MACHINE = settings(max_examples=60, deadline=None)  # a busy core is no reason to fail
-
 
 # --- options
 

@@ -192,9 +192,8 @@ def _from_rows(rows: Sequence[tuple[str, int, str, str]], path: Path) -> Folds:
         folds[times[id], place[id]] = fold
         first[id] = group, label
     numbers = [k for row in folds for k in np.unique(row).tolist() if k >= 0]
-    if (folds == -2).any() or len(set(numbers)) < len(
-        numbers
-    ):  # a true repeat has every image, and folds of its own
+    # A true repeat has every image, and fold numbers of its own.
+    if (folds == -2).any() or len(set(numbers)) < len(numbers):
         _check_unique((row[0] for row in rows), str(path))
     groups = [first[id][0] for id in ids]
     return Folds(ids, folds, [first[id][1] for id in ids], groups if any(groups) else None, "given")
@@ -397,8 +396,9 @@ def _spread(
     left, waiting = total.copy(), np.ones(len(counts), dtype=bool)
     while waiting.any():
         label = int(np.argmin(np.where(left > 0, left, np.inf)))
-        units = rng.permutation(np.flatnonzero(waiting & (counts[:, label] > 0)))
-        units = units[np.argsort(-counts[units, label], kind="stable")]
+        units = np.flatnonzero(waiting & (counts[:, label] > 0))
+        # Roughly by size: an exact order would give the same split for every seed where all sizes differ.
+        units = units[np.argsort(-counts[units, label] * rng.uniform(0.8, 1, len(units)))]
         ties = rng.random((len(units), len(have))).tolist()
         columns = [label, -1]  # of parts equal in this class the emptier one
         slope, start = scale[:, columns], full[:, columns]
