@@ -112,8 +112,9 @@ def test_swa_goes_on_from_its_state(tmp_path):
 
 
 def test_greedy_soup_takes_what_does_not_harm():
-    """The score is the distance from 1: the mean of 0 and 2 is right, 9 never helps."""
-    candidates = [state(w=0.0), state(w=9.0), state(w=2.0), state(w=1.0)]
+    """The score is the distance from 1: the mean of 0 and 2 is right; 9 never helps, 3 no longer then."""
+    values = [0.0, 9.0, 2.0, 3.0, 1.0]
+    candidates = [state(w=value) for value in values]
     tried = []
 
     def score(weights):
@@ -121,9 +122,9 @@ def test_greedy_soup_takes_what_does_not_harm():
         return -abs(weights["w"].item() - 1)
 
     soup, chosen = greedy_soup(candidates, score)
-    assert chosen == [0, 2, 3] and soup["w"].item() == 1.0
-    assert tried == [0.0, 4.5, 1.0, 1.0]
-    assert [c["w"].item() for c in candidates] == [0.0, 9.0, 2.0, 1.0]
+    assert chosen == [0, 2, 4] and soup["w"].item() == 1.0
+    assert tried == pytest.approx([0.0, 4.5, 1.0, 5 / 3, 1.0])
+    assert [c["w"].item() for c in candidates] == values
 
 
 def test_greedy_soup_is_a_plain_mean_of_the_chosen():

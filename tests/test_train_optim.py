@@ -141,6 +141,7 @@ class Scaled(nn.Module):
         self.gamma = nn.Parameter(torch.ones(4))
         self.token = nn.Parameter(torch.zeros(1, 1, 4))
         self.pos_embed = nn.Parameter(torch.zeros(1, 36, 4))
+        self.bias = nn.Parameter(torch.zeros(4, 4))
         self.mix = nn.Parameter(torch.ones(4, 4))
         self.bn = nn.BatchNorm2d(4)
         self.out = nn.Linear(4, 1)

@@ -62,7 +62,7 @@ def _groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
     groups = _timm.param_groups_layer_decay(model, layer_decay=cfg.layer_decay, **options)
     if all(group["lr_scale"] == 1 for group in groups):
         raise UsageError(
-            f"this model does not say in which order its layers are (group_matcher of timm's models does); "
+            "this model does not say in which order its layers are, as timm's do (group_matcher); "
             f"leave layer_decay at 1, got {cfg.layer_decay}"
         )
     return groups
@@ -70,13 +70,10 @@ def _groups(cfg: Config, model: nn.Module) -> list[dict[str, Any]]:
 
 def _undecayed(model: nn.Module) -> set[str]:
     """Names of the biases, of all parameters of norms, and of vectors in disguise, such as a layer scale of (C, 1, 1)."""
+    # Not those called weight by their shape: the one of Linear(d, 1) is a matrix all the same.
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         for name, param in module.named_parameters(recurse=False)
-        if isinstance(module, NORMS)
-        or name == "bias"
-        or (
-            name != "weight" and param.squeeze().ndim <= 1
-        )  # the weight of Linear(d, 1) is no vector in this sense
+        if isinstance(module, NORMS) or name == "bias" or (name != "weight" and param.squeeze().ndim <= 1)
     }
