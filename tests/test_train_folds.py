@@ -358,6 +358,13 @@ def test_a_class_of_two_groups_has_one_on_either_side():
         assert (labels[train] == 1).sum() == (labels[valid] == 1).sum() == 7
 
 
+def test_a_holdout_does_not_always_take_the_larger_of_two_groups():
+    groups = np.concatenate([np.repeat([0, 1], [10, 4]), np.arange(2, 2002)])
+    labels = np.where(groups < 2, 1, 0)
+    held = {int((labels[holdout(labels, 0.2, seed, groups)[1]] == 1).sum()) for seed in range(12)}
+    assert held == {4, 10}
+
+
 def test_groups_that_cannot_be_divided():
     with pytest.raises(DataError, match="--valid"):
         holdout(np.array([0, 0, 1, 1]), 0.5, 0, np.array([0, 0, 1, 1]))
