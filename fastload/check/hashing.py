@@ -26,7 +26,7 @@ SIDE, FREQUENCIES = 32, 12
 SMALLEST = 32  # a stored image with a shorter side than this has too few pixels to tell copies from cousins
 NEAR = 0.85  # least cosine of look-alikes
 NEAR_SMALL = 0.9  # the same for images with a side below 64 pixels, which have less detail to differ in
-FLATTEST = 4.0  # standard deviation of grey levels below which an image is taken to be blank
+FLATTEST = 3.0  # standard deviation of grey levels below which an image is taken to be blank
 _QUERIES = 1024
 _FEWEST, _SAMPLE = 40, 1000  # images from which on chance is estimated, and how many it is estimated from
 _PRIOR = 100  # images: how slowly the mean look of a collection is trusted
@@ -244,16 +244,21 @@ def exact_copies(datasets: Sequence[Dataset], blank_too: bool = True) -> np.ndar
             digests[start + rows] = out
     first_of = np.arange(len(digests))
     order = np.argsort(digests, kind="stable")
-    same = np.flatnonzero((digests[order][1:] == digests[order][:-1]) & (digests[order][1:] != 0))
+    agree = np.split(order, np.flatnonzero(np.diff(digests[order])) + 1)
 
     def encoded(place: int) -> EncodedImage:
         which = int(np.searchsorted(starts, place, side="right")) - 1
         return datasets[which].encoded(place - int(starts[which]))
 
-    for at in same.tolist():
-        one, other = order[at], order[at + 1]
-        if np.array_equal(encoded(int(first_of[one])).data, encoded(int(other)).data):
-            first_of[other] = first_of[one]
+    for places in agree:
+        different: list[int] = []
+        for place in places.tolist() if len(places) > 1 and digests[places[0]] else ():
+            for head in different:
+                if np.array_equal(encoded(head).data, encoded(place).data):
+                    first_of[place] = head
+                    break
+            else:
+                different.append(place)
     if not blank_too:
         for head in np.unique(first_of[first_of != np.arange(len(first_of))]).tolist():
             if decode(encoded(head)).std() < FLATTEST:

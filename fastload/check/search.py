@@ -131,5 +131,9 @@ def cosine(turned: Any, scale: Any, other: Any, mean: Any) -> Any:
             value = other[k + lane] - mean[k + lane]
             dot[lane] += turned[k + lane] * value
             norm[lane] += value * value
+    for k in range(len(turned) // 4 * 4, len(turned)):
+        value = other[k] - mean[k]
+        dot[0] += turned[k] * value
+        norm[0] += value * value
     length = np.sqrt(max(norm[0] + norm[1] + norm[2] + norm[3], np.float32(1e-12)))
     return (dot[0] + dot[1] + dot[2] + dot[3]) * scale / length
