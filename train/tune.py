@@ -1,7 +1,8 @@
 """A search for options: trials of a training, each a run folder that can be repeated, in a study of Optuna (Akiba et al. 2019).
 
-``tune("photos.beton", cfg, {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "optimizer": ["adamw", "sgd"]}, trials=20)``. All trials are scored on one and the same hold-out (or folds), made and looked at for leaks once. The trade-off: the best score of
-many trials is too good, by the luck of the choice; a true one needs images that no trial has seen.
+``tune("photos.beton", cfg, {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "optimizer": ["adamw", "sgd"]}, trials=20)``. All
+trials are scored on one and the same hold-out (or folds), made and looked at for leaks once. The trade-off: the best score of
+many is too good, by the luck of the choice; a true one needs images that no trial has seen.
 
 Any number of processes may work on one folder, and each may be killed: what makes that safe is two kinds of file locks, which the
 system frees when a process dies. ``tune.lock`` is held while the study is changed, ``trial-0007.lock`` while that trial runs.
@@ -545,7 +546,8 @@ class _Worker:
                     return
                 finished = self._run(trial)
             tell(finished)
-            gc.collect()  # what is left of a model in cycles would lack on the GPU
+            if torch.cuda.is_available():
+                gc.collect()  # what cycles still hold of a model would lack on the GPU
 
     def _next(self, total: int, held: contextlib.ExitStack) -> Trial | None:
         """A trial to run, whose lock is in ``held``; None where there are enough."""
