@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastload
 from fastload.errors import DataError, UsageError
-from fastload.train import Callback, Config, Trainer, load_run, make_step, predict
+from fastload.train import Callback, Config, Trainer, load_run, predict
 from fastload.train.data import TrainWarning
 from fastload.train.model import head_of
 
@@ -370,34 +369,6 @@ def test_gradient_checkpointing_gives_the_same_weights(photos, tmp_path):
         torch.testing.assert_close(value, b[key], rtol=1e-4, atol=1e-6)
 
 
-class _Syncs(TorchDispatchMode):
-    """Counts what would make a GPU's host wait: numbers taken out of tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_step_waits_for_the_device():
-    cfg = replace(
-        CFG, ema=0.99, accumulate=2, mixup=0.2, optimizer="sgd"
-    )  # Adam's step count on a CPU is a tensor's item
-    step = make_step(cfg, 3, "cpu", steps_per_epoch=10)
-    images, labels = torch.randn(8, 3, 32, 32), torch.rand(8, 3).softmax(1)
-    with _Syncs() as syncs:
-        for _ in range(6):
-            step(images, labels)
-    assert syncs.count == 0
-    with _Syncs() as syncs:
-        step(images, labels).item()
-    assert syncs.count == 1
-
-
 # --- killed
 
 
@@ -468,9 +439,7 @@ def test_killed_twenty_times_it_ends_like_one_never_killed(photos, tmp_path):
     a, b = (torch.load(p / "best.pt", weights_only=True) for p in (whole, out))
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
     timed = {"seconds", "images_per_s", "stall"}
-    logs = [
-        [json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (whole, out)
-    ]
+    logs = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (whole, out)]
     one, two = ([{k: v for k, v in line.items() if k not in timed} for line in log] for log in logs)
     assert one == two and len(one) == 4
     assert np.array_equal(*(fastload.train.Predictions.load(p).probs for p in (whole, out)))

@@ -13,9 +13,12 @@ from torch.nn import functional as F
 from fastload.errors import UsageError
 from fastload.train import Config, create_model, make_step, pick_device
 from fastload.train import model as model_module
+from fastload.train.distributed import Ranks
+from fastload.train.losses import make_loss
 from fastload.train.model import check_forward, normalisation, resolve_amp
-from fastload.train.schedule import factor
-from fastload.train.step import Step, make_optimizer
+from fastload.train.optim import make_optimizer
+from fastload.train.schedule import make_schedule
+from fastload.train.step import Step
 
 CPU = torch.device("cpu")
 BASE = Config(
@@ -57,7 +60,7 @@ def test_step_equals_the_textbook(clip, soft):
         if soft:
             labels = torch.rand(8, 5).softmax(1)
         for group in opt.param_groups:
-            group["lr"] = 0.1 * factor(k, 12, 3)
+            group["lr"] = 0.1 * make_schedule(cfg, 3)(k, [])
         opt.zero_grad()
         loss = F.cross_entropy(model(images), labels, label_smoothing=0.2)
         loss.backward()
@@ -157,7 +160,16 @@ def test_no_reading_back_in_the_hot_loop(optimizer):
     meta = torch.device("meta")
     cfg = replace(BASE, optimizer=optimizer, accumulate=2, ema=0.9)
     model = tiny().to(meta)
-    step = Step(cfg, model, make_optimizer(cfg, model), meta, "off", lambda updates: 1.0)
+    step = Step(
+        cfg,
+        model,
+        make_optimizer(cfg, model),
+        meta,
+        "off",
+        lambda updates, scores: 1.0,
+        make_loss(cfg),
+        Ranks(),
+    )
     for _ in range(4):
         loss = step(torch.randn(7, 3, 8, 8, device=meta), torch.zeros(7, dtype=torch.int64, device=meta))
     assert step.updates == 2

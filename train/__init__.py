@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 # Loaded on first use, so that `fastload train --help` need not wait for torch.
 _LAZY = {
     "Callback": "callbacks",
+    "Competition": "competition",
     "Config": "config",
     "CvRun": "cv",
     "Ensemble": "ensemble",
@@ -25,6 +26,7 @@ _LAZY = {
     "Run": "runs",
     "Step": "step",
     "Trainer": "trainer",
+    "compete": "competition",
     "create_model": "model",
     "cross_validate": "cv",
     "eval_pipeline": "data",
@@ -41,6 +43,8 @@ __all__ = [*_LAZY]  # pyright: ignore
 
 if TYPE_CHECKING:
     from fastload.train.callbacks import Callback as Callback
+    from fastload.train.competition import Competition as Competition
+    from fastload.train.competition import compete as compete
     from fastload.train.config import Config as Config
     from fastload.train.cv import CvRun as CvRun
     from fastload.train.cv import cross_validate as cross_validate

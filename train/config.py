@@ -30,7 +30,7 @@ CLASS_WEIGHTS = ("none", "balanced", "effective")
 SAMPLING = ("none", "balanced", "sqrt", "bootstrap")
 AVERAGES = ("none", "swa", "soup")
 TRACKERS = ("tensorboard", "wandb")
-SGD_LIKE = ("sgd", "momentum", "nesterov", "sgdp")
+SGD_LIKE = ("sgd", "momentum", "nesterov", "plain_sgd", "sgdw", "nesterovw", "sgdp")
 # What does not change the weights that come out (on one machine), so it may differ when a run is resumed.
 FREE_ON_RESUME = ("threads", "device", "save_minutes", "track", "allow_leak", "data", "valid", "split")
 
@@ -107,7 +107,7 @@ class Config:
     threads: int | None = _option(None, "Training", "Loader threads; None: one for each core.", _at_least(1))
     device: str | None = _option(None, "Training", "cuda, cuda:1, mps, cpu; None: the best there is.")
 
-    optimizer: str = _option("adamw", "Optimizer", "Any name that timm's optimizer factory knows.", (bool, "the name of an optimizer"))
+    optimizer: str = _option("adamw", "Optimizer", "Any name that timm's optimizer factory knows, and plain_sgd (without momentum).", (bool, "the name of an optimizer"))
     lr: float | None = _option(
         None, "Optimizer", "Peak learning rate; None: 1e-3, with pretrained weights 2e-4, for SGD 50 times as much.", _above(0))
     weight_decay: float = _option(0.05, "Optimizer", "Not applied to biases and normalisation layers.", _at_least(0))

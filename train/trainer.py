@@ -414,7 +414,8 @@ class Session:
             model.load_state_dict(weights)
             feed = self._feed(cfg.size)
             feed.set_epoch(cfg.epochs)
-            update_batch_norm(model, (batch[0] for batch in feed), self.step.device)
+            full = (batch[0] for batch in feed if len(batch[0]) == min(cfg.batch_size, feed.num_samples))  # all weigh alike
+            update_batch_norm(model, full, self.step.device)
         else:
             weights, chosen = greedy_soup([one["weights"] for one in self.soup], self._score_of)
             used = len(chosen)
