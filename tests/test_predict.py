@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastload.cli import main
 from fastload.errors import DataError, UsageError
 from fastload.train import Config, Trainer, checkpoint, cross_validate, predict
 from fastload.train.data import TrainWarning
+from fastload.train.ensemble import Ensemble
 from fastload.train.infer import infer
 from fastload.train.predict import average
 from fastload.train.predictions import Predictions
@@ -458,12 +460,29 @@ def test_command_with_several_runs_and_a_template(run, cv, tmp_path, capsys):
     np.testing.assert_allclose(Predictions.load(out).probs, want.probs, atol=1e-5)
 
 
+def test_command_with_an_ensemble(cv, tmp_path, capsys):
+    other = cross_validate(
+        cv.config.data, replace(cv.config, seed=1), folds=cv.folds, out=tmp_path / "cv", progress=False
+    )
+    data, out = write(tmp_path / "t.beton", pictures([0, 1, 2, 2], seed=7)), tmp_path / "o.csv"
+    args = ["predict", cv.folder, other.folder, data, "-o", out, "--device", "cpu"]
+    code, text, _ = call(capsys, *args, "--ensemble", "--metric", "log_loss")
+    found = Ensemble([cv, other]).search("log_loss")
+    want = found.predict(data, device="cpu", progress=False)
+    assert code == 0 and f"ensemble: {found.method}, log_loss {found.score:.4f}" in text
+    np.testing.assert_allclose(Predictions.load(out).probs, want.probs, atol=1e-5)
+    assert "accuracy" in call(capsys, *args, "--ensemble")[1]  # the metric of the runs
+    found.save(tmp_path / "both.json")
+    code, _, _ = call(capsys, "predict", tmp_path / "both.json", data, "-o", out, "--device", "cpu")
+    np.testing.assert_allclose(Predictions.load(out).probs, want.probs, atol=1e-5)
+
+
 def test_command_called_wrongly(run, tmp_path, capsys):
     data = write(tmp_path / "t.beton", pictures([0, 1]))
     for args, said in (
         ([data], "needs a run and then the data"),
         ([run.folder, data, "--metric", "accuracy"], "--ensemble searches for"),
-        ([run.folder, data, "--ensemble"], "two runs at least"),
+        ([run.folder, data, "--ensemble"], "two run folders at least"),
         ([run.folder, data, "--tta", "hflap"], "did you mean 'hflip'"),
         ([run.folder, data, "--tta", "hflip", "--flip-labels", "left"], "pairs of classes"),
         ([run.folder, data, "--tta", "hflip", "--flip-labels", "left=right"], "unknown class in flip_labels"),

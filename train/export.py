@@ -58,6 +58,9 @@ class Exported:
 class Deployed(nn.Module):
     """(B, S, S, 3) uint8 RGB pixels -> (B, C) float32 probabilities, the mean over ``runs``."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, runs: Sequence[LoadedRun]) -> None:
         super().__init__()
         self.models = nn.ModuleList(
@@ -66,9 +69,7 @@ class Deployed(nn.Module):
         self.activations = [activation(run.config.loss, run.multilabel) for run in runs]
         for name in ("mean", "std"):
             values = torch.tensor([getattr(run, name) for run in runs], dtype=torch.float32)
-            self.register_buffer(
-                name, values[:, None, :, None, None]
-            )  # of each model, to broadcast with NCHW
+            self.register_buffer(name, values[:, None, :, None, None])  # of each model, for NCHW
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 255
@@ -210,7 +211,6 @@ def _onnx_file(
     deployed: Deployed, program: torch.export.ExportedProgram, images: torch.Tensor, about: Mapping[str, Any]
 ) -> tuple[bytes, Answer]:
     import onnx
-    import onnxruntime
 
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["probabilities"]}
     with warnings.catch_warnings():
@@ -224,13 +224,13 @@ def _onnx_file(
         else:
             file = io.BytesIO()
             axes = {"images": {0: "batch"}, "probabilities": {0: "batch"}}
-            torch.onnx.export(deployed, (images,), file, dynamic_axes=axes, **names)
+            torch.onnx.export(deployed, (images,), file, dynamic_axes=axes, **names)  # type: ignore[arg-type]
             proto = onnx.load_from_string(file.getvalue())
     onnx.helper.set_model_props(
         proto, {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
     )
     content = proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    session = require("onnxruntime", "export").InferenceSession(content, providers=["CPUExecutionProvider"])
 
     def answer(images: np.ndarray) -> np.ndarray:
         return np.asarray(session.run(["probabilities"], {"images": images})[0])

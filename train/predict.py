@@ -131,16 +131,11 @@ def average(parts: Sequence[Predictions]) -> Predictions:
         raise DataError(
             "predictions of one class an image and of several cannot be averaged; give runs of one kind"
         )
-    probs = np.mean(
-        [part.aligned(first.ids, first.classes).probs for part in parts], axis=0, dtype=np.float64
-    )
+    stack = np.stack([part.aligned(first.ids, first.classes).probs for part in parts])
+    probs = stack.mean(axis=0, dtype=np.float64).astype(np.float32)
     notes = dict.fromkeys(part.note for part in parts if part.note)
     return replace(
-        first,
-        probs=probs.astype(np.float32),
-        decided=None,
-        note="; ".join(notes),
-        seconds=sum(p.seconds for p in parts),
+        first, probs=probs, decided=None, note="; ".join(notes), seconds=sum(part.seconds for part in parts)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -94,7 +95,7 @@ def command(
     else:
         submission = write_submission(result, sample, out)
     click.echo(f"{len(result):,} images, {result.images_per_s:,.0f} images/s, written to {out}")
-    for note in [*result.note.split("; "), submission.note if submission else ""]:
+    for note in (result.note, submission.note if submission else ""):
         if note:
             click.echo(note)
     summary = result.summary() if result.labels is not None else {}
@@ -132,9 +133,11 @@ def _ensemble(runs: list[str], metric: str | None, images: Dataset, options: dic
     from fastload.train.ensemble import Ensemble
     from fastload.train.runs import CONFIG
 
-    if len(runs) < 2:
-        raise UsageError(f"--ensemble needs two runs at least, got {runs[0]!r}")
-    goal = metric or Config.load(f"{runs[0]}/{CONFIG}").metric
+    if len(runs) < 2 or not all((Path(run) / CONFIG).is_file() for run in runs):
+        raise UsageError(
+            f"--ensemble weighs two run folders at least by their held-out probabilities, got {', '.join(runs)!r}"
+        )
+    goal = metric or Config.load(Path(runs[0]) / CONFIG).metric
     found = Ensemble(runs).search(goal)
     click.echo(f"ensemble: {found.method}, {goal} {found.score:.4f} on held-out images")
     return found.predict(images, **options)
