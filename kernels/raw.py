@@ -9,10 +9,22 @@ pixel are read (and thrown away), which the caller must have.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from fastload.kernels import restart
-from fastload.kernels.memory import address, copy_bytes, load_u8, load_u16, part, reverse16, store_u8
+from fastload.kernels import permute, restart
+from fastload.kernels.memory import (
+    address,
+    copy_bytes,
+    load_u8,
+    load_u16,
+    part,
+    prefetch,
+    reverse16,
+    store_u8,
+    store_u16,
+)
 from fastload.kernels.planes import (
     LANES,
     MOST_TAPS,
@@ -27,6 +39,8 @@ OK, UNSUPPORTED = restart.OK, restart.UNSUPPORTED
 MORE_SCRATCH, BAD_BOX = 32, 33
 OVERREAD = LANES  # bytes behind the pixels that may be read
 _EDGE = 128
+_NOT_DONE = -1
+_AHEAD = 12
 
 
 @part
@@ -62,42 +76,12 @@ def _copy(source, stride, out, flips):
 
 
 @part
-def crop_pixels(source, height, width, box, clip, flips, out, scratch, need):
-    """Fill ``out`` (h, w, 3) uint8, pixels contiguous, with the window ``box`` of ``height`` x ``width`` RGB pixels.
-
-    ``source`` is the address of the pixels, behind which OVERREAD bytes can be read. ``box``, ``clip``, ``flips``, ``scratch``,
-    ``need`` and the result are as :func:`fastload.kernels.crops.crop_to` has them.
-    """
+def _in_blocks(source, width, first_y, at_y, taps_y, first_x, at_x, taps_x, out, scratch, need):
+    """Rows first, transposed to blend along them: any number of taps, on any processor. ``at_y`` and ``at_x`` are weights."""
     rows, columns = out.shape[0], out.shape[1]
-    if rows < 1 or columns < 1:
-        return OK
-    if not valid_box(box, clip, height, width):
-        return BAD_BOX
-    stride = 3 * width
-    y0, x0 = np.int64(np.floor(box[0])), np.int64(np.floor(box[1]))
-    if (
-        box[0] == y0
-        and box[1] == x0
-        and box[2] == y0 + rows
-        and box[3] == x0 + columns
-        and clip[0] <= y0
-        and clip[1] <= x0
-        and y0 + rows <= clip[2]
-        and x0 + columns <= clip[3]
-    ):
-        _copy(source + y0 * stride + 3 * x0, stride, out, flips)
-        return OK
-    room = np.int64(2 * max((box[2] - box[0]) / rows, (box[3] - box[1]) / columns, 1.0)) + 3
-    if room > MOST_TAPS:
-        return UNSUPPORTED
-    first_y, first_x = np.empty(rows, np.int64), np.empty(columns, np.int64)
-    weights_y, weights_x = np.empty((room, rows), np.uint16), np.empty((room, columns), np.uint16)
-    taps_y = triangle(box[0], box[2], clip[0], clip[2], rows, flips & 2 != 0, first_y, weights_y)
-    taps_x = triangle(box[1], box[3], clip[1], clip[3], columns, flips & 1 != 0, first_x, weights_x)
     # `first` rises, or falls if the axis is flipped.
     low = min(first_x[0], first_x[columns - 1])
     behind = max(first_x[0], first_x[columns - 1]) + taps_x
-
     groups = (3 * (behind - low) + LANES - 1) // LANES
     line, back_line = 2 * LANES * groups, 2 * ((3 * columns + 15) // 16 * 16)
     lines = (address(scratch) + 63) // 64 * 64
@@ -108,8 +92,7 @@ def crop_pixels(source, height, width, box, clip, flips, out, scratch, need):
     if end - lines + 64 > scratch.size:
         need[0] = end - lines + 64
         return MORE_SCRATCH
-    at_y, at_x = address(weights_y), address(weights_x)
-    whole = 3 * columns // 16
+    whole, stride = 3 * columns // 16, 3 * width
     for y in range(0, rows, LANES):
         count = min(LANES, rows - y)
         for j in range(count):
@@ -146,5 +129,171 @@ def crop_pixels(source, height, width, box, clip, flips, out, scratch, need):
             round_words(back + j * back_line, whole, to)
             for i in range(16 * whole, 3 * columns):
                 store_u8(to + i, min(load_u16(back + j * back_line + 2 * i) + 128 >> 8, 255))
-    # numba frees an array after its last mention, and an address is none.
-    return OK if weights_y.size + weights_x.size > 0 else BAD_BOX
+    return OK
+
+
+@part
+def _place_windows(pieces, window, first, end, starts):
+    """Where each piece of a row's output samples finds its own, in bytes; False if a window does not reach all of them.
+
+    ``window`` is the bytes that are read for the first tap; none is read before the row, or at or behind ``end``.
+    """
+    columns = first.size
+    lanes = LANES // pieces
+    for i in range(starts.size):
+        starts[i] = 0
+        begin, behind = i * lanes // 3, min((i * lanes + lanes - 1) // 3 + 1, columns)
+        if begin >= behind:
+            continue
+        # Bytes of whole pixels, though a piece may begin or end within one.
+        least = 3 * min(first[begin], first[behind - 1])
+        most = 3 * max(first[begin], first[behind - 1]) + 2
+        starts[i] = min(least, end - window)
+        if starts[i] < 0 or most - starts[i] >= window:
+            return False
+    return True
+
+
+@part
+def _fill_table(pieces, first, weights, taps, starts, table):
+    """The indexes and weights of :func:`fastload.kernels.permute.along`, at the address ``table``."""
+    columns = first.size
+    samples = LANES * (starts.size // pieces)
+    size, lanes = permute.INDEX + 2 * LANES * taps, LANES // pieces
+    for i in range(samples):
+        at = table + i // LANES * size + 2 * (i % LANES)
+        x = min(i // 3, columns - 1)
+        place = 3 * first[x] + i % 3 - starts[i // lanes]
+        store_u16(at, (place << 8 | 128) if i < 3 * columns else 128)
+        for k in range(taps):
+            store_u16(at + permute.INDEX + 2 * LANES * k, weights[k, x])
+
+
+def _lines_with(instructions):
+    pieces, window = permute.PIECES[instructions], permute.WINDOW[instructions]
+    once, twice = permute.along_once[instructions], permute.along_twice[instructions]
+
+    @part
+    def in_lines(
+        source, height, width, first_y, at_y, taps_y, first_x, weights_x, taps_x, flips, out, scratch, need
+    ):
+        """Along the rows first, by permutations of bytes, into a ring of lines, which are blended while they are in the cache."""
+        rows, columns = out.shape[0], out.shape[1]
+        stride = 3 * width
+        groups, whole = (3 * columns + LANES - 1) // LANES, 3 * columns // LANES
+        starts = np.empty(groups * pieces, np.int64)
+        end = stride + OVERREAD - 3 * (taps_x - 1)
+        double = False
+        if not _place_windows(pieces, window, first_x, end, starts):
+            double = instructions == permute.VBMI
+            if not double or not _place_windows(pieces, 2 * window, first_x, end, starts):
+                return _NOT_DONE
+        size, line = groups * (permute.INDEX + 2 * LANES * taps_x), 2 * LANES * groups
+        table = (address(scratch) + 63) // 64 * 64
+        ring = table + size
+        last = ring + permute.MOST * line
+        if last + LANES + 64 - table > scratch.size:
+            need[0] = last + LANES + 64 - table
+            return MORE_SCRATCH
+        _fill_table(pieces, first_x, weights_x, taps_x, starts, table)
+        at_starts = address(starts)
+        low = 3 * min(first_x[0], first_x[columns - 1])
+        behind = 3 * (max(first_x[0], first_x[columns - 1]) + taps_x)
+        done = np.int64(0)
+        for i in range(rows):
+            y = rows - 1 - i if flips & 2 else i
+            for j in range(max(done, first_y[y]), first_y[y] + taps_y):
+                to = ring + j % permute.MOST * line
+                prefetch(source + (j + _AHEAD) * stride + low, behind - low)
+                if double:
+                    twice(source + j * stride, at_starts, table, taps_x, groups, to)
+                else:
+                    once(source + j * stride, at_starts, table, taps_x, groups, to)
+            done = first_y[y] + taps_y
+            to = address(out[y])
+            permute.blend_lines(ring, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, whole, to)
+            if whole < groups:
+                rest = 2 * LANES * whole
+                permute.blend_lines(ring + rest, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, 1, last)
+                copy_bytes(last, to + LANES * whole, 3 * columns - LANES * whole)
+        # numba frees an array after its last mention, and an address is none.
+        return OK if starts.size > 0 else BAD_BOX
+
+    return in_lines
+
+
+def crop_with(instructions: int) -> Any:
+    """The kernel :func:`crop_pixels` for one of permute's sets of instructions; all give the same numbers?"""
+    in_lines = _lines_with(instructions)
+
+    @part
+    def crop_pixels(source, height, width, box, clip, flips, out, scratch, need):
+        """Fill ``out`` (h, w, 3) uint8, pixels contiguous, with the window ``box`` of ``height`` x ``width`` RGB pixels.
+
+        ``source`` is the address of the pixels, behind which OVERREAD bytes can be read. ``box``, ``clip``, ``flips``, ``scratch``,
+        ``need`` and the result are as :func:`fastload.kernels.crops.crop_to` has them.
+        """
+        rows, columns = out.shape[0], out.shape[1]
+        if rows < 1 or columns < 1:
+            return OK
+        if not valid_box(box, clip, height, width):
+            return BAD_BOX
+        stride = 3 * width
+        y0, x0 = np.int64(np.floor(box[0])), np.int64(np.floor(box[1]))
+        if (
+            box[0] == y0
+            and box[1] == x0
+            and box[2] == y0 + rows
+            and box[3] == x0 + columns
+            and clip[0] <= y0
+            and clip[1] <= x0
+            and y0 + rows <= clip[2]
+            and x0 + columns <= clip[3]
+        ):
+            _copy(source + y0 * stride + 3 * x0, stride, out, flips)
+            return OK
+        room = np.int64(2 * max((box[2] - box[0]) / rows, (box[3] - box[1]) / columns, 1.0)) + 3
+        if room > MOST_TAPS:
+            return UNSUPPORTED
+        first_y, first_x = np.empty(rows, np.int64), np.empty(columns, np.int64)
+        weights_y, weights_x = np.empty((room, rows), np.uint16), np.empty((room, columns), np.uint16)
+        taps_y = triangle(box[0], box[2], clip[0], clip[2], rows, flips & 2 != 0, first_y, weights_y)
+        taps_x = triangle(box[1], box[3], clip[1], clip[3], columns, flips & 1 != 0, first_x, weights_x)
+        status = _NOT_DONE
+        if instructions != permute.NONE and taps_y <= permute.MOST and taps_x <= permute.MOST:
+            status = in_lines(
+                source,
+                height,
+                width,
+                first_y,
+                address(weights_y),
+                taps_y,
+                first_x,
+                weights_x,
+                taps_x,
+                flips,
+                out,
+                scratch,
+                need,
+            )
+        if status == _NOT_DONE:
+            status = _in_blocks(
+                source,
+                width,
+                first_y,
+                address(weights_y),
+                taps_y,
+                first_x,
+                address(weights_x),
+                taps_x,
+                out,
+                scratch,
+                need,
+            )
+        # numba frees an array after its last mention, and an address is none.
+        return status if weights_y.size + weights_x.size > 0 else BAD_BOX
+
+    return crop_pixels
+
+
+crop_pixels = crop_with(permute.BEST)
