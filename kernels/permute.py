@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from fastload.kernels.planes import LANES, _pointer, _splat, _upper_half, _words
+from fastload.kernels.planes import LANES, _pointer, _splat, _words
 
 NONE, AVX2, VBMI = 0, 1, 2
 PIECES = {NONE: 1, AVX2: 4, VBMI: 1}  # windows of one group of LANES samples
@@ -47,6 +47,21 @@ def _bytes(count: int) -> Any:
 
 def _function(builder: Any, name: str, kind: Any, arguments: int) -> Any:
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * arguments), name)
+
+
+def _product(builder: Any, instructions: int, a: Any, b: Any) -> Any:
+    """Upper 16 bits of the products of LANES numbers.
+
+    By name, since LLVM widens a factor outside of a loop if it can, and then no longer sees what the product is.
+    """
+    if instructions == VBMI:
+        return builder.call(_function(builder, "llvm.x86.avx512.pmulhu.w.512", a.type, 2), [a, b])
+    multiply = _function(builder, "llvm.x86.avx2.pmulhu.w", _words(16), 2)
+    halves = []
+    for first in (0, 16):
+        lanes = ir.Constant(ir.VectorType(_I32, 16), list(range(first, first + 16)))
+        halves.append(builder.call(multiply, [builder.shuffle_vector(v, v, lanes) for v in (a, b)]))
+    return _concatenated(builder, *halves)
 
 
 def _load(builder: Any, base: Any, skip: int, kind: Any) -> Any:
@@ -83,8 +98,8 @@ def _picked(builder: Any, instructions: int, double: bool, places: list[Any], in
         else:
             permute = _function(builder, "llvm.x86.avx512.permvar.qi.512", kind, 2)
             picked = builder.call(permute, [low, index[0]])
-        upper = ir.Constant(ir.VectorType(ir.IntType(1), 64), [i % 2 for i in range(64)])
-        return builder.bitcast(builder.select(upper, picked, ir.Constant(kind, None)), _words(LANES))
+        wanted = builder.icmp_signed(">=", index[0], ir.Constant(kind, None))
+        return builder.bitcast(builder.select(wanted, picked, ir.Constant(kind, None)), _words(LANES))
     permute = _function(builder, "llvm.x86.avx2.pshuf.b", _bytes(32), 2)
     halves = []
     for i in range(2):
@@ -122,7 +137,7 @@ def _along(instructions: int, double: bool) -> Any:
                     for k in range(count):
                         picked = _picked(builder, instructions, double, places, index, 3 * k)
                         weight = _load(builder, at, INDEX + 2 * LANES * k, kind)
-                        total = builder.add(total, _upper_half(builder, picked, weight))
+                        total = builder.add(total, _product(builder, instructions, picked, weight))
                     to = builder.add(line, builder.mul(group.index, ir.Constant(_I64, 2 * LANES)))
                     builder.store(total, _pointer(builder, to, kind), align=2)
 
@@ -135,41 +150,48 @@ def _along(instructions: int, double: bool) -> Any:
     return along
 
 
-@intrinsic
-def blend_lines(typing, ring, length, first, taps, weights, step, groups, out):  # type: ignore[no-untyped-def]
-    """LANES * ``groups`` bytes from lines of 16-bit samples with 8 bits behind the point, blended and rounded.
+def _blend_lines(instructions: int) -> Any:
+    @intrinsic
+    def blend_lines(typing, ring, length, first, taps, weights, step, groups, out):  # type: ignore[no-untyped-def]
+        """LANES * ``groups`` bytes from lines of 16-bit samples with 8 bits behind the point, blended and rounded.
 
-    Line ``i`` is the ``i`` % MOST-th of the ``ring`` of lines of ``length`` bytes; ``first`` is the first of them, and ``step`` the bytes
-    from weight to weight. Sums stay below 65536: weights add up to at most 65535 + MOST / 2.
-    """
-    signature = types.void(*[types.intp] * 8)
+        Line ``i`` is the ``i`` % MOST-th of the ``ring`` of lines of ``length`` bytes; ``first`` is the first of them, and ``step`` the bytes
+        from weight to weight. Sums stay below 65536: weights add up to at most 65535 + MOST / 2.
+        """
+        signature = types.void(*[types.intp] * 8)
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        ring, length, first, taps, weights, step, groups, out = args
-        kind = _words(LANES)
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            ring, length, first, taps, weights, step, groups, out = args
+            kind = _words(LANES)
 
-        def body(count: int) -> None:
-            lines, factors = [], []
-            for k in range(count):
-                number = builder.and_(builder.add(first, ir.Constant(_I64, k)), ir.Constant(_I64, MOST - 1))
-                lines.append(builder.add(ring, builder.mul(number, length)))
-                place = builder.add(weights, builder.mul(step, ir.Constant(_I64, k)))
-                factors.append(_splat(builder, _load(builder, place, 0, _I16), LANES))
-            with cgutils.for_range(builder, groups) as group:
-                skip = builder.mul(group.index, ir.Constant(_I64, 2 * LANES))
-                total: Any = ir.Constant(kind, [128 + count // 2] * LANES)
-                for line, factor in zip(lines, factors):
-                    samples = _load(builder, builder.add(line, skip), 0, kind)
-                    total = builder.add(total, _upper_half(builder, samples, factor))
-                levels = builder.trunc(builder.lshr(total, ir.Constant(kind, [8] * LANES)), _bytes(LANES))
-                to = builder.add(out, builder.mul(group.index, ir.Constant(_I64, LANES)))
-                builder.store(levels, _pointer(builder, to, _bytes(LANES)), align=1)
+            def body(count: int) -> None:
+                lines, factors = [], []
+                for k in range(count):
+                    number = builder.and_(
+                        builder.add(first, ir.Constant(_I64, k)), ir.Constant(_I64, MOST - 1)
+                    )
+                    lines.append(builder.add(ring, builder.mul(number, length)))
+                    place = builder.add(weights, builder.mul(step, ir.Constant(_I64, k)))
+                    factors.append(_splat(builder, _load(builder, place, 0, _I16), LANES))
+                with cgutils.for_range(builder, groups) as group:
+                    skip = builder.mul(group.index, ir.Constant(_I64, 2 * LANES))
+                    total: Any = ir.Constant(kind, [128 + count // 2] * LANES)
+                    for line, factor in zip(lines, factors):
+                        samples = _load(builder, builder.add(line, skip), 0, kind)
+                        total = builder.add(total, _product(builder, instructions, samples, factor))
+                    levels = builder.trunc(builder.lshr(total, ir.Constant(kind, [8] * LANES)), _bytes(LANES))
+                    to = builder.add(out, builder.mul(group.index, ir.Constant(_I64, LANES)))
+                    builder.store(levels, _pointer(builder, to, _bytes(LANES)), align=1)
 
-        _for_each_count(builder, taps, body)
-        return context.get_dummy_value()
+            if instructions != NONE:
+                _for_each_count(builder, taps, body)
+            return context.get_dummy_value()
 
-    return signature, generate
+        return signature, generate
+
+    return blend_lines
 
 
 along_once = {kind: _along(kind, False) for kind in (NONE, AVX2, VBMI)}
 along_twice = {kind: _along(kind, kind == VBMI) for kind in (NONE, AVX2, VBMI)}
+blend_lines = {kind: _blend_lines(kind) for kind in (NONE, AVX2, VBMI)}

@@ -173,6 +173,8 @@ def _lines_with(instructions):
     pieces, window = permute.PIECES[instructions], permute.WINDOW[instructions]
     once, twice = permute.along_once[instructions], permute.along_twice[instructions]
 
+    blend_lines = permute.blend_lines[instructions]
+
     @part
     def in_lines(
         source, height, width, first_y, at_y, taps_y, first_x, weights_x, taps_x, flips, out, scratch, need
@@ -211,10 +213,10 @@ def _lines_with(instructions):
                     once(source + j * stride, at_starts, table, taps_x, groups, to)
             done = first_y[y] + taps_y
             to = address(out[y])
-            permute.blend_lines(ring, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, whole, to)
+            blend_lines(ring, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, whole, to)
             if whole < groups:
                 rest = 2 * LANES * whole
-                permute.blend_lines(ring + rest, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, 1, last)
+                blend_lines(ring + rest, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, 1, last)
                 copy_bytes(last, to + LANES * whole, 3 * columns - LANES * whole)
         # numba frees an array after its last mention, and an address is none.
         return OK if starts.size > 0 else BAD_BOX
