@@ -40,7 +40,7 @@ MORE_SCRATCH, BAD_BOX = 32, 33
 OVERREAD = LANES  # bytes behind the pixels that may be read
 _EDGE = 128
 _NOT_DONE = -1
-_AHEAD = 12
+_AHEAD = 4
 
 
 @part
@@ -257,6 +257,12 @@ def crop_with(instructions: int) -> Any:
         room = np.int64(2 * max((box[2] - box[0]) / rows, (box[3] - box[1]) / columns, 1.0)) + 3
         if room > MOST_TAPS:
             return UNSUPPORTED
+        # The first rows, while the taps are computed.
+        top, left = np.int64(max(box[0], clip[0])), np.int64(max(box[1], clip[1]))
+        right = np.int64(min(box[3], clip[3]))
+        if instructions != permute.NONE:
+            for j in range(top, min(top + _AHEAD, height)):
+                prefetch(source + j * stride + 3 * left, 3 * (right - left))
         first_y, first_x = np.empty(rows, np.int64), np.empty(columns, np.int64)
         weights_y, weights_x = np.empty((room, rows), np.uint16), np.empty((room, columns), np.uint16)
         taps_y = triangle(box[0], box[2], clip[0], clip[2], rows, flips & 2 != 0, first_y, weights_y)
