@@ -144,7 +144,7 @@ def prefetch(typing, source, count):  # type: ignore[no-untyped-def]
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        lines = builder.lshr(builder.add(args[1], ir.Constant(_I64, 63)), ir.Constant(_I64, 6))
+        lines = builder.ashr(builder.add(args[1], ir.Constant(_I64, 63)), ir.Constant(_I64, 6))
         with cgutils.for_range(builder, lines) as line:
             place = builder.add(args[0], builder.shl(line.index, ir.Constant(_I64, 6)))
             read, near, data = (ir.Constant(number, i) for i in (0, 3, 1))

@@ -100,12 +100,23 @@ def _picked(builder: Any, instructions: int, double: bool, places: list[Any], in
             picked = builder.call(permute, [low, index[0]])
         wanted = builder.icmp_signed(">=", index[0], ir.Constant(kind, None))
         return builder.bitcast(builder.select(wanted, picked, ir.Constant(kind, None)), _words(LANES))
-    permute = _function(builder, "llvm.x86.avx2.pshuf.b", _bytes(32), 2)
+    kind = _bytes(32)
+    permute = _function(builder, "llvm.x86.avx2.pshuf.b", kind, 2)
     halves = []
     for i in range(2):
-        windows = [_load(builder, places[2 * i + j], skip, _bytes(16)) for j in range(2)]
-        # The lower bytes' indexes are 128, which gives 0.
-        picked = builder.call(permute, [_concatenated(builder, *windows), index[i]])
+
+        def pick(index: Any, skip: int, i: int = i) -> Any:
+            windows = [_load(builder, places[2 * i + j], skip, _bytes(16)) for j in range(2)]
+            return builder.call(permute, [_concatenated(builder, *windows), index])
+
+        if double:
+            # Indexes of 128 and more give 0: each half of the window leaves out the other's samples.
+            limit = _function(builder, "llvm.uadd.sat.v32i8", kind, 2)
+            low = builder.call(limit, [index[i], ir.Constant(kind, [112] * 32)])
+            high = builder.sub(index[i], ir.Constant(kind, [16] * 32))
+            picked = builder.or_(pick(low, skip), pick(high, skip + 16))
+        else:
+            picked = pick(index[i], skip)
         halves.append(builder.bitcast(picked, _words(16)))
     return _concatenated(builder, *halves)
 
@@ -193,5 +204,5 @@ def _blend_lines(instructions: int) -> Any:
 
 
 along_once = {kind: _along(kind, False) for kind in (NONE, AVX2, VBMI)}
-along_twice = {kind: _along(kind, kind == VBMI) for kind in (NONE, AVX2, VBMI)}
+along_twice = {kind: _along(kind, True) for kind in (NONE, AVX2, VBMI)}
 blend_lines = {kind: _blend_lines(kind) for kind in (NONE, AVX2, VBMI)}

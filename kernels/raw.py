@@ -28,17 +28,16 @@ from fastload.kernels.memory import (
 from fastload.kernels.planes import (
     LANES,
     MOST_TAPS,
-    blend_bytes,
     blend_words,
     round_words,
     transpose16,
+    transpose_bytes,
     triangle,
 )
 
 OK, UNSUPPORTED = restart.OK, restart.UNSUPPORTED
 MORE_SCRATCH, BAD_BOX = 32, 33
 OVERREAD = LANES  # bytes behind the pixels that may be read
-_EDGE = 128
 _NOT_DONE = -1
 _AHEAD = 4
 
@@ -76,59 +75,83 @@ def _copy(source, stride, out, flips):
 
 
 @part
-def _in_blocks(source, width, first_y, at_y, taps_y, first_x, at_x, taps_x, out, scratch, need):
-    """Rows first, transposed to blend along them: any number of taps, on any processor. ``at_y`` and ``at_x`` are weights."""
+def _turned(source, stride, count, samples, first, low, at, taps, spare, turned, result, lines, line):
+    """Blend ``count`` <= LANES rows of ``samples`` bytes, which begin at pixel ``low``, into ``lines`` of ``line`` bytes.
+
+    ``at`` is the address of the weights; ``spare``, ``turned`` and ``result`` are memory.
+    """
+    columns = first.size
+    for half in range(0, count, 16):
+        rows, step = source + half * stride, stride
+        if count - half < 16:  # behind the last row there may be nothing
+            rows, step = spare, samples + 16
+            for j in range(count - half):
+                copy_bytes(source + (half + j) * stride, spare + j * step, samples)
+        for x in range(0, samples, 16):
+            transpose_bytes(rows + x, step, turned + 2 * LANES * x + 2 * half, 2 * LANES)
+    for x in range(columns):
+        # A pixel's three channels of 32 rows lie behind one another.
+        from_ = turned + (first[x] - low) * 6 * LANES
+        blend_words(from_, 6 * LANES, taps, at + 2 * x, 2 * columns, 3, result + 6 * LANES * x)
+    for half in range(0, count, 16):
+        for x in range(0, 3 * columns, 16):
+            transpose16(result + 2 * LANES * x + 2 * half, 2 * LANES, lines + half * line + 2 * x, line)
+
+
+@part
+def _in_blocks(source, width, first_y, at_y, taps_y, first_x, at_x, taps_x, flips, out, scratch, need):
+    """Blocks of rows are transposed to blend along them: any number of taps, on any processor.
+
+    ``at_y`` and ``at_x`` are the addresses of weights.
+    """
     rows, columns = out.shape[0], out.shape[1]
+    stride = 3 * width
     # `first` rises, or falls if the axis is flipped.
     low = min(first_x[0], first_x[columns - 1])
-    behind = max(first_x[0], first_x[columns - 1]) + taps_x
-    groups = (3 * (behind - low) + LANES - 1) // LANES
-    line, back_line = 2 * LANES * groups, 2 * ((3 * columns + 15) // 16 * 16)
+    samples = 3 * (max(first_x[0], first_x[columns - 1]) + taps_x - low)
+    behind = max(first_y[0], first_y[rows - 1]) + taps_y
+    whole, groups = 3 * columns // 16, (3 * columns + LANES - 1) // LANES
+    line = 2 * LANES * groups
     lines = (address(scratch) + 63) // 64 * 64
-    turned = lines + LANES * line + _EDGE
-    result = turned + LANES * line + _EDGE
-    back = result + LANES * back_line + _EDGE
-    end = back + LANES * back_line + _EDGE
+    mixed = lines + (taps_y + LANES) * line
+    spare = mixed + line
+    turned = (spare + 16 * (samples + 16) + 63) // 64 * 64
+    result = turned + 2 * LANES * (samples + 16)
+    end = result + 2 * LANES * (3 * columns + 16)
     if end - lines + 64 > scratch.size:
         need[0] = end - lines + 64
         return MORE_SCRATCH
-    whole, stride = 3 * columns // 16, 3 * width
-    for y in range(0, rows, LANES):
-        count = min(LANES, rows - y)
-        for j in range(count):
-            blend_bytes(
-                source + first_y[y + j] * stride + 3 * low,
+    begin, done = np.int64(0), np.int64(0)  # of the rows in `lines`
+    for i in range(rows):
+        y = rows - 1 - i if flips & 2 else i
+        first = first_y[y]
+        if first + taps_y > done:
+            for j in range(first, done):
+                copy_bytes(lines + (j - begin) * line, lines + (j - first) * line, line)
+            begin, done = first, max(first, done)
+        while first + taps_y > done:
+            count = min(LANES, behind - done)
+            _turned(
+                source + done * stride + 3 * low,
                 stride,
-                taps_y,
-                at_y + 2 * (y + j),
-                2 * rows,
-                groups,
-                lines + j * line,
-            )
-        for half in range(0, count, 16):
-            for x in range(0, LANES * groups, 16):
-                transpose16(lines + half * line + 2 * x, line, turned + 2 * LANES * x + 2 * half, 2 * LANES)
-        for x in range(columns):
-            # A pixel's three channels of 32 rows lie behind one another.
-            blend_words(
-                turned + (first_x[x] - low) * 6 * LANES,
-                6 * LANES,
+                count,
+                samples,
+                first_x,
+                low,
+                at_x,
                 taps_x,
-                at_x + 2 * x,
-                2 * columns,
-                3,
-                result + 6 * LANES * x,
+                spare,
+                turned,
+                result,
+                lines + (done - begin) * line,
+                line,
             )
-        for half in range(0, count, 16):
-            for x in range(0, 3 * columns, 16):
-                transpose16(
-                    result + 2 * LANES * x + 2 * half, 2 * LANES, back + half * back_line + 2 * x, back_line
-                )
-        for j in range(count):
-            to = address(out[y + j])
-            round_words(back + j * back_line, whole, to)
-            for i in range(16 * whole, 3 * columns):
-                store_u8(to + i, min(load_u16(back + j * back_line + 2 * i) + 128 >> 8, 255))
+            done += count
+        blend_words(lines + (first - begin) * line, line, taps_y, at_y + 2 * y, 2 * rows, groups, mixed)
+        to = address(out[y])
+        round_words(mixed, whole, to)
+        for j in range(16 * whole, 3 * columns):
+            store_u8(to + j, min(load_u16(mixed + 2 * j) + 128 >> 8, 255))
     return OK
 
 
@@ -164,7 +187,7 @@ def _fill_table(pieces, first, weights, taps, starts, table):
         at = table + i // LANES * size + 2 * (i % LANES)
         x = min(i // 3, columns - 1)
         place = 3 * first[x] + i % 3 - starts[i // lanes]
-        store_u16(at, (place << 8 | 128) if i < 3 * columns else 128)
+        store_u16(at, (place << 8 | 255) if i < 3 * columns else 255)
         for k in range(taps):
             store_u16(at + permute.INDEX + 2 * LANES * k, weights[k, x])
 
@@ -185,11 +208,9 @@ def _lines_with(instructions):
         groups, whole = (3 * columns + LANES - 1) // LANES, 3 * columns // LANES
         starts = np.empty(groups * pieces, np.int64)
         end = stride + OVERREAD - 3 * (taps_x - 1)
-        double = False
-        if not _place_windows(pieces, window, first_x, end, starts):
-            double = instructions == permute.VBMI
-            if not double or not _place_windows(pieces, 2 * window, first_x, end, starts):
-                return _NOT_DONE
+        double = not _place_windows(pieces, window, first_x, end, starts)
+        if double and not _place_windows(pieces, 2 * window, first_x, end, starts):
+            return _NOT_DONE
         size, line = groups * (permute.INDEX + 2 * LANES * taps_x), 2 * LANES * groups
         table = (address(scratch) + 63) // 64 * 64
         ring = table + size
@@ -225,7 +246,7 @@ def _lines_with(instructions):
 
 
 def crop_with(instructions: int) -> Any:
-    """The kernel :func:`crop_pixels` for one of permute's sets of instructions; all give the same numbers?"""
+    """The kernel :func:`crop_pixels` for one of permute's sets of instructions; all give the same numbers."""
     in_lines = _lines_with(instructions)
 
     @part
@@ -294,6 +315,7 @@ def crop_with(instructions: int) -> Any:
                 first_x,
                 address(weights_x),
                 taps_x,
+                flips,
                 out,
                 scratch,
                 need,
