@@ -24,7 +24,9 @@ from fastload.kernels.planes import LANES, _pointer, _splat, _words
 NONE, AVX2, VBMI = 0, 1, 2
 PIECES = {NONE: 1, AVX2: 4, VBMI: 1}  # windows of one group of LANES samples
 WINDOW = {NONE: 0, AVX2: 16, VBMI: 64}  # bytes of a window
-MOST = 8  # taps; the loops over them are unrolled
+# Taps, the loops over which are unrolled: of a window, of one twice as wide (for wider steps), and of lines. Fewer compile faster.
+ONCE, TWICE, LINES = range(2, 6), range(3, 9), range(2, 9)
+LEAST, MOST = 2, 8
 INDEX = 2 * LANES  # bytes of a group's indexes, behind which its weights lie
 
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -73,11 +75,11 @@ def _concatenated(builder: Any, a: Any, b: Any) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, count), list(range(count))))
 
 
-def _for_each_count(builder: Any, taps: Any, body: Callable[[int], None]) -> None:
-    """Code for each number of taps up to MOST, of which the right one is run."""
+def _for_each_count(builder: Any, taps: Any, counts: range, body: Callable[[int], None]) -> None:
+    """Code for each number of taps in ``counts``, of which the right one is run."""
     done = builder.append_basic_block("done")
     switch = builder.switch(taps, done)
-    for count in range(1, MOST + 1):
+    for count in counts:
         block = builder.append_basic_block(f"taps{count}")
         switch.add_case(ir.Constant(_I64, count), block)
         builder.position_at_end(block)
@@ -153,7 +155,7 @@ def _along(instructions: int, double: bool) -> Any:
                     builder.store(total, _pointer(builder, to, kind), align=2)
 
             if instructions != NONE:
-                _for_each_count(builder, taps, body)
+                _for_each_count(builder, taps, TWICE if double else ONCE, body)
             return context.get_dummy_value()
 
         return signature, generate
@@ -195,7 +197,7 @@ def _blend_lines(instructions: int) -> Any:
                     builder.store(levels, _pointer(builder, to, _bytes(LANES)), align=1)
 
             if instructions != NONE:
-                _for_each_count(builder, taps, body)
+                _for_each_count(builder, taps, LINES, body)
             return context.get_dummy_value()
 
         return signature, generate

@@ -1,8 +1,8 @@
 """Crop stored pixels: resize a window straight from the mapped file, with the arithmetic of :mod:`fastload.kernels.planes`.
 
-Rows are blended first, since that reads interleaved pixels as they lie; the result is transposed in blocks of 32 rows, so that
-blending along the rows is vector code too. Both passes are 16-bit fixed point. The trade-off: up to 31 bytes behind the last
-pixel are read (and thrown away), which the caller must have.
+Rows are blended along their length first. Where the processor permutes bytes (:mod:`fastload.kernels.permute`), into a ring of lines
+that stays in the first-level cache; elsewhere, and for steps that are too wide, blocks of 32 rows are transposed for it. Both are the same 16-bit fixed
+point. The trade-off: up to 31 bytes behind the last pixel are read (and thrown away), which the caller must have.
 
 >>> status = crop_pixels(address(file) + start, height, width, box, clip, flips, out, scratch, need)  # inside of a kernel
 """
@@ -39,6 +39,7 @@ OK, UNSUPPORTED = restart.OK, restart.UNSUPPORTED
 MORE_SCRATCH, BAD_BOX = 32, 33
 OVERREAD = LANES  # bytes behind the pixels that may be read
 _NOT_DONE = -1
+# Rows that are asked for before their turn: a mapped file is rarely in the cache, and each row of a picture in another page.
 _AHEAD = 4
 
 
@@ -197,6 +198,7 @@ def _lines_with(instructions):
     once, twice = permute.along_once[instructions], permute.along_twice[instructions]
 
     blend_lines = permute.blend_lines[instructions]
+    once_most, twice_least = permute.ONCE[-1], permute.TWICE[0]
 
     @part
     def in_lines(
@@ -205,18 +207,18 @@ def _lines_with(instructions):
         """Along the rows first, by permutations of bytes, into a ring of lines, which are blended while they are in the cache."""
         rows, columns = out.shape[0], out.shape[1]
         stride = 3 * width
-        groups, whole = (3 * columns + LANES - 1) // LANES, 3 * columns // LANES
+        groups = (3 * columns + LANES - 1) // LANES
         starts = np.empty(groups * pieces, np.int64)
         end = stride + OVERREAD - 3 * (taps_x - 1)
-        double = not _place_windows(pieces, window, first_x, end, starts)
-        if double and not _place_windows(pieces, 2 * window, first_x, end, starts):
+        double = taps_x > once_most or not _place_windows(pieces, window, first_x, end, starts)
+        if double and (taps_x < twice_least or not _place_windows(pieces, 2 * window, first_x, end, starts)):
             return _NOT_DONE
         size, line = groups * (permute.INDEX + 2 * LANES * taps_x), 2 * LANES * groups
         table = (address(scratch) + 63) // 64 * 64
         ring = table + size
         last = ring + permute.MOST * line
-        if last + LANES + 64 - table > scratch.size:
-            need[0] = last + LANES + 64 - table
+        if last + LANES * groups + 64 - table > scratch.size:
+            need[0] = last + LANES * groups + 64 - table
             return MORE_SCRATCH
         _fill_table(pieces, first_x, weights_x, taps_x, starts, table)
         at_starts = address(starts)
@@ -233,12 +235,11 @@ def _lines_with(instructions):
                 else:
                     once(source + j * stride, at_starts, table, taps_x, groups, to)
             done = first_y[y] + taps_y
-            to = address(out[y])
-            blend_lines(ring, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, whole, to)
-            if whole < groups:
-                rest = 2 * LANES * whole
-                blend_lines(ring + rest, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, 1, last)
-                copy_bytes(last, to + LANES * whole, 3 * columns - LANES * whole)
+            # Bytes behind the row belong to others.
+            to = address(out[y]) if 3 * columns == LANES * groups else last
+            blend_lines(ring, line, first_y[y], taps_y, at_y + 2 * y, 2 * rows, groups, to)
+            if 3 * columns < LANES * groups:
+                copy_bytes(last, address(out[y]), 3 * columns)
         # numba frees an array after its last mention, and an address is none.
         return OK if starts.size > 0 else BAD_BOX
 
@@ -289,7 +290,11 @@ def crop_with(instructions: int) -> Any:
         taps_y = triangle(box[0], box[2], clip[0], clip[2], rows, flips & 2 != 0, first_y, weights_y)
         taps_x = triangle(box[1], box[3], clip[1], clip[3], columns, flips & 1 != 0, first_x, weights_x)
         status = _NOT_DONE
-        if instructions != permute.NONE and taps_y <= permute.MOST and taps_x <= permute.MOST:
+        if (
+            instructions != permute.NONE
+            and min(taps_y, taps_x) >= permute.LEAST
+            and max(taps_y, taps_x) <= permute.MOST
+        ):
             status = in_lines(
                 source,
                 height,
