@@ -137,6 +137,24 @@ def copy_bytes(typing, source, to, count):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def prefetch(typing, source, count):  # type: ignore[no-untyped-def]
+    """Ask for ``count`` bytes before they are needed; they need not exist."""
+
+    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        lines = builder.ashr(builder.add(args[1], ir.Constant(_I64, 63)), ir.Constant(_I64, 6))
+        with cgutils.for_range(builder, lines) as line:
+            place = builder.add(args[0], builder.shl(line.index, ir.Constant(_I64, 6)))
+            read, near, data = (ir.Constant(number, i) for i in (0, 3, 1))
+            builder.call(function, [builder.inttoptr(place, byte), read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
 def reverse16(typing, source, to):  # type: ignore[no-untyped-def]
     """Copy 16 pixels of three bytes in reverse order."""
 
@@ -203,6 +221,7 @@ __all__ = [
     "lowest_set",
     "nanoseconds",
     "part",
+    "prefetch",
     "reverse16",
     "store_be32",
     "store_u8",

@@ -94,34 +94,47 @@ def _blend(bytes_in: bool) -> Any:
 blend_bytes, blend_words = _blend(True), _blend(False)
 
 
-@intrinsic
-def transpose16(typing, source, stride, out, out_stride):  # type: ignore[no-untyped-def]
-    """Transpose 16 x 16 16-bit numbers between two addresses; the strides are in bytes."""
-    signature = types.void(*[types.intp] * 4)
+def _transpose(bytes_in: bool) -> Any:
+    @intrinsic
+    def transpose(typing, source, stride, out, out_stride):  # type: ignore[no-untyped-def]
+        """Transpose 16 x 16 16-bit numbers between two addresses; the strides are in bytes.
 
-    def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = _words(16)
-        rows = []
-        for i in range(16):
-            place = builder.add(args[0], builder.mul(args[1], ir.Constant(_I64, i)))
-            rows.append(builder.load(_pointer(builder, place, kind), align=2))
-        for step in (1, 2, 4, 8):
-            result: list[Any] = [None] * 16
+        From bytes they become 16-bit numbers with 8 bits behind the point.
+        """
+        signature = types.void(*[types.intp] * 4)
+
+        def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kind = _words(16)
+            rows = []
             for i in range(16):
-                if i & step:
-                    continue
-                low = [lane if not lane & step else 16 + (lane ^ step) for lane in range(16)]
-                high = [16 + lane if lane & step else lane ^ step for lane in range(16)]
-                for to, lanes in ((i, low), (i + step, high)):
-                    mask = ir.Constant(ir.VectorType(_I32, 16), lanes)
-                    result[to] = builder.shuffle_vector(rows[i], rows[i + step], mask)
-            rows = result
-        for i in range(16):
-            place = builder.add(args[2], builder.mul(args[3], ir.Constant(_I64, i)))
-            builder.store(rows[i], _pointer(builder, place, kind), align=2)
-        return context.get_dummy_value()
+                place = builder.add(args[0], builder.mul(args[1], ir.Constant(_I64, i)))
+                if bytes_in:
+                    raw = builder.load(_pointer(builder, place, ir.VectorType(_I8, 16)), align=1)
+                    rows.append(builder.shl(builder.zext(raw, kind), ir.Constant(kind, [8] * 16)))
+                else:
+                    rows.append(builder.load(_pointer(builder, place, kind), align=2))
+            for step in (1, 2, 4, 8):
+                result: list[Any] = [None] * 16
+                for i in range(16):
+                    if i & step:
+                        continue
+                    low = [lane if not lane & step else 16 + (lane ^ step) for lane in range(16)]
+                    high = [16 + lane if lane & step else lane ^ step for lane in range(16)]
+                    for to, lanes in ((i, low), (i + step, high)):
+                        mask = ir.Constant(ir.VectorType(_I32, 16), lanes)
+                        result[to] = builder.shuffle_vector(rows[i], rows[i + step], mask)
+                rows = result
+            for i in range(16):
+                place = builder.add(args[2], builder.mul(args[3], ir.Constant(_I64, i)))
+                builder.store(rows[i], _pointer(builder, place, kind), align=2)
+            return context.get_dummy_value()
 
-    return signature, generate
+        return signature, generate
+
+    return transpose
+
+
+transpose_bytes, transpose16 = _transpose(True), _transpose(False)
 
 
 def _store_pixels(builder: Any, channels: list[Any], address: Any) -> None:

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastload import codecs
-from fastload.kernels import batch, oracle, pixels
+from fastload.kernels import batch, oracle, permute, pixels, raw
+from fastload.kernels.jit import kernel
+from fastload.kernels.memory import address
 
 GUARD = 64
 NO_CLOCK = np.zeros((2, 0), np.int64)
@@ -89,6 +91,56 @@ def test_any_crop_of_pixels_is_the_oracles_within_a_level(data):
     exact = oracle.resize(source, box, clip, size, flips)
     # Two passes of 16-bit fixed point, and the oracle's own rounding.
     assert np.abs(ours.astype(int) - np.asarray(exact).astype(int)).max() <= 1
+
+
+def kernel_of(instructions):
+    crop = raw.crop_with(instructions)
+
+    @kernel
+    def crop_file(file, start, height, width, box, clip, flips, out, scratch, need):
+        return crop(address(file) + start, height, width, box, clip, flips, out, scratch, need)
+
+    return crop_file
+
+
+def test_every_set_of_instructions_gives_the_same_numbers():
+    """The processor's own, lesser ones, and none: also with boxes outside of the clip, one tap and many."""
+    kernels = [kernel_of(instructions) for instructions in range(permute.NONE, permute.BEST + 1)]
+    rng = np.random.default_rng(0)
+    done = 0
+    for i in range(600):
+        height, width = rng.integers(1, 200, 2)
+        y0, x0 = rng.uniform(0, height - 0.5), rng.uniform(0, width - 0.5)
+        box = np.array([y0, x0, rng.uniform(y0 + 0.25, height), rng.uniform(x0 + 0.25, width)])
+        if i % 3 == 0:
+            box += rng.uniform(-40, 40, 4)
+            box[2:] = np.maximum(box[2:], box[:2] + 0.3)
+        clip = np.array([0, 0, height, width])
+        if i % 2:
+            clip[:2] = rng.integers(0, height), rng.integers(0, width)
+            clip[2:] = rng.integers(clip[0] + 1, height + 1), rng.integers(clip[1] + 1, width + 1)
+        size = rng.integers(1, 120, 2)
+        if i % 5 == 0:
+            size = ((box[2:] - box[:2]) / rng.uniform(0.3, 9, 2)).astype(int) + 1
+        results = []
+        for k, crop in enumerate(kernels):
+            # What lies behind the pixels and in memory differs, and must not show; nothing else may be written.
+            file = np.full(GUARD + height * width * 3 + raw.OVERREAD, 60 * k, np.uint8)
+            file[GUARD : file.size - raw.OVERREAD] = np.random.default_rng(i).integers(
+                0, 256, height * width * 3
+            )
+            out, need = np.full((3, *size, 3), 9, np.uint8), np.zeros(1, np.int64)
+            arguments = (file, GUARD, height, width, box, clip, i % 4, out[1])
+            status = crop(*arguments, np.empty(0, np.uint8), need)
+            if status == batch.MORE_SCRATCH:
+                memory = np.full(need[0] + 2 * GUARD, 77 + k, np.uint8)
+                status = crop(*arguments, memory[GUARD:-GUARD], need)
+                assert (memory[:GUARD] == 77 + k).all() and (memory[-GUARD:] == 77 + k).all()
+            assert (out[[0, 2]] == 9).all()
+            results.append((status, out[1]))
+        assert all(status == results[0][0] and np.array_equal(p, results[0][1]) for status, p in results)
+        done += results[0][0] == batch.OK
+    assert done > 500
 
 
 @pytest.mark.parametrize("flips", [0, 1, 2, 3])
