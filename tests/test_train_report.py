@@ -389,6 +389,18 @@ def test_a_damaged_image_does_not_cost_the_others(pictures, monkeypatch):
     assert found == {"6": "fine", "8": "fine"} and problem.startswith("1 of 3 images are")
 
 
+def test_a_picture_comes_from_the_first_source_that_has_it(tmp_path, pictures):
+    from fastload.train.report.pictures import find
+
+    grey = [{"image": np.full((9, 9, 3), 100, np.uint8), "label": 0}] * 200
+    fastload.convert(grey, tmp_path / "grey.beton", classes=FIVE, store="raw", progress=False)
+    found, problem = find(["3", "170"], [pictures, str(tmp_path / "grey.beton")])
+    assert colour(found["3"]) == pytest.approx([3, 252, 90], abs=3) and colour(found["170"]) == pytest.approx(
+        [100] * 3, abs=3
+    )
+    assert problem == ""
+
+
 # ---- label errors
 
 
@@ -582,6 +594,7 @@ def hostile_run(folder, pictures):
 def pages(tmp_path, pictures):
     """Pages of every kind."""
     parts = [held(k, ids(30, 30 * k), groups=True, fold=k) for k in range(3)]
+    wide = held(13, ids(300), [f"a long name of one of many classes: {i}" for i in range(25)])
     many = held(12, ids(300), [f"a class with quite a long name, number {i}" for i in range(120)], skill=4)
     one, cv = (
         make_run(tmp_path / "one", held(1, ids(90)), data=pictures),
@@ -589,7 +602,7 @@ def pages(tmp_path, pictures):
     )
     several = make_run(tmp_path / "several", held(1, ids(90), multilabel=True), data=pictures)
     return {
-        "one": [one], "three": [one, cv, several], "many": [make_run(tmp_path / "many", many, many)],
+        "one": [one], "three": [one, cv, several], "many": [make_run(tmp_path / "many", many, many), make_run(tmp_path / "wide", wide)],
         "killed": [make_run(tmp_path / "killed", done=0)], "hostile": [hostile_run(tmp_path / ("n<b>ame" * 9), pictures), one],
     }  # fmt: skip
 

@@ -287,20 +287,18 @@ def options(result: Result) -> dict[str, Any]:
 
 
 def text(value: Any) -> str:
-    """An option or a version as text: what YAML would show, on one line."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """An option or a version on one line."""
+    if isinstance(value, list):
+        return ", ".join(map(text, value)) or "none"
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def environment(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
     """What run.json says of resolved values, data, versions and the machine."""
-
-    def one_line(value: Any) -> str:
-        return ", ".join(map(text, value)) if isinstance(value, list) else text(value)
-
     return [
-        (name.capitalize(), [(key, one_line(value)) for key, value in values.items()])
+        (name.capitalize(), [(key, text(value)) for key, value in values.items()])
         for name in ("resolved", "data", "versions", "machine")
         if isinstance(values := result.info.get(name), dict)
     ]
