@@ -97,7 +97,7 @@ def test_problems_are_told_with_their_numbers(report):
     assert "5 images are exact copies of one another" in told
     assert "4 of 24 test images (16.7%) are copies or look-alikes of training images" in told
     assert "5 clusters of copies or look-alikes (12 images) lie in more than one fold" in told
-    assert "1 of 3 classes have fewer than 10 images" in told and "'<b>bird</b>' (1)" in told
+    assert "fewer than 10 images, too few for five folds: 1 of 3, '<b>bird</b>' (1)" in told
     assert "times as many images" in told
     assert (
         "test images are darker (brightness: median" in told and "test images are smaller (resolution" in told

@@ -55,6 +55,18 @@ def test_turns_are_named_as_numpy_turns(tmp_path, swapped):
     assert (pairs.score > 0.97).all()
 
 
+def test_each_turn_is_undone_by_its_inverse():
+    unit = np.random.default_rng(0).normal(size=143).astype(np.float32)
+
+    def turned(values, g):
+        view = hashing._VIEWS[g]
+        return values[view[:, 0].astype(int)] * view[:, 1]
+
+    for g in range(8):
+        assert np.array_equal(turned(turned(unit, g), hashing._INVERSE[g]), unit)
+        assert sum(np.array_equal(turned(turned(unit, g), h), unit) for h in range(8)) == 1
+
+
 def brute_force(units, mean):
     """(N, N) cosines of units (N, 143), the best of eight orientations either way, by plain numpy."""
     residual = units - mean

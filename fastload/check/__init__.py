@@ -8,8 +8,8 @@ here: what looks wrong is told in sentences and shown in pictures. The trade-off
 
 from fastload.check.checks import check
 from fastload.check.groups import PathGroups, path_groups
-from fastload.check.leaks import guard
 from fastload.check.hashing import duplicate_groups
+from fastload.check.leaks import guard
 from fastload.check.report import Report
 
 __all__ = ["PathGroups", "Report", "check", "duplicate_groups", "guard", "path_groups"]

@@ -286,7 +286,7 @@ def _problems(report: Report) -> list[str]:
             ]
             more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
             told.append(
-                f"{len(rare)} of {len(balance.counts)} classes have fewer than {FEW_IMAGES} images, too few for five folds: "
+                f"classes with fewer than {FEW_IMAGES} images, too few for five folds: {len(rare)} of {len(balance.counts)}, "
                 f"{', '.join(rare[:5])}{more}"
             )
         if balance.ratio >= UNEVEN:

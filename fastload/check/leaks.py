@@ -40,7 +40,7 @@ def guard(
     fold = np.concatenate([np.asarray(part, np.int64) for part in folds])
     if not (fold >= 0).any() or len(np.unique(fold)) < 2:
         return []
-    together = np.concatenate(labels) if isinstance(labels, (list, tuple)) else labels
+    together = labels if labels is None or isinstance(labels, np.ndarray) else np.concatenate(labels)
     sources = [source for data in datasets for source in data.sources]
     names = _Names(sources, fold)
     leaks = [_by_paths(path_groups(sources, together), names), _by_looks(datasets, names, threads)]
