@@ -11,15 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 from scipy.special import expit, softmax
 from scipy.stats import gmean, rankdata
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from fastload.errors import DataError, UsageError
 from fastload.train import ensemble as module
 from fastload.train import metrics
 from fastload.train.ensemble import METHODS, Blend, Ensemble, Member, fit, nested_folds
 from fastload.train.predictions import Predictions
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threadpool_limits(1):  # as in search(): small products on a busy machine
+        yield
 
 
 def member(labels, strength, seed, classes=4, prefix="i", sharp=1.0, **more):
@@ -138,6 +146,24 @@ def test_a_member_of_pure_noise_is_ignored(method, several):
         assert ensemble.weights[2] < 0.12 and ensemble.weights[:2].min() > 0.25
 
 
+def test_weights_begin_at_the_most_likely_mixture():
+    """Where every decision is right with equal weights too, the noise still gets none; for log loss it is the optimum."""
+    labels = truth(200)
+    stack = np.stack([member(labels, 5, 0).probs, member(labels, 0, 1, sharp=0.3).probs])
+    assert metrics.score("accuracy", labels, stack.mean(axis=0)) == 1
+    weights = np.array(fit("weighted", stack, labels, "accuracy").weights)
+    assert weights[1] < 0.05 and weights.sum() == pytest.approx(1)
+    stack = np.stack([member(labels, s, i).probs for i, s in enumerate((1.5, 1.0, 0.0))])
+
+    def loss(free):
+        w = np.exp([*free, 0]) / np.exp([*free, 0]).sum()
+        return metrics.score("log_loss", labels, np.tensordot(w, stack, 1))
+
+    best = minimize(loss, [0, 0], method="Nelder-Mead").fun
+    blend = fit("weighted", stack, labels, "log_loss")
+    assert metrics.score("log_loss", labels, blend.mix(stack, False)) == pytest.approx(best, abs=1e-4)
+
+
 def test_fitting_to_noise_is_not_believed(monkeypatch):
     """200 members that know nothing, 100 images: what is fitted looks good where it was fitted, and nowhere else."""
     monkeypatch.setattr(module, "BAGS", 3)  # quicker
@@ -188,7 +214,7 @@ def test_of_equal_scores_the_simplest_is_taken():
 
 @pytest.mark.parametrize("several", [False, True])
 def test_labels_of_a_fold_have_no_part_in_its_predictions_or_in_the_choice_for_it(several):
-    labels, folds = truth(150, several=several), np.arange(150) % 5
+    labels, folds = truth(100, several=several), np.arange(100) % 5
     lied = labels.copy()
     lied[folds == 2] = 1 - lied[folds == 2] if several else 3 - lied[folds == 2]
     made = []
@@ -205,12 +231,39 @@ def test_labels_of_a_fold_have_no_part_in_its_predictions_or_in_the_choice_for_i
         ))  # fmt: skip
     for one, other in zip(made[0][0], made[1][0]):
         assert (
-            (one.probs == other.probs).all() and (one.predicted == other.predicted).all() and len(one) == 30
+            (one.probs == other.probs).all() and (one.predicted == other.predicted).all() and len(one) == 20
         )
     assert made[0][1] == made[1][1]
     assert (
         made[0][2] != made[1][2]
     )  # the same question without leaving the fold out would have an answer that knows
+
+
+def test_search_asks_for_the_choice_without_the_fold_that_it_is_scored_on(monkeypatch):
+    asked = []
+    choose = module._Nested.choose
+
+    def spy(self, candidates, folds, without):
+        asked.append((set(folds), set(without)))
+        return choose(self, candidates, folds, without)
+
+    monkeypatch.setattr(module._Nested, "choose", spy)
+    Ensemble([member(truth(60), 1, s, folds=np.arange(60) % 4) for s in range(2)]).search("accuracy")
+    assert asked == [({0, 1, 2, 3}, set()), *(({0, 1, 2, 3} - {k}, {k}) for k in range(4))]
+
+
+def test_bootstrap_samples_of_bagging_are_of_whole_groups_of_the_rows_it_may_see(monkeypatch):
+    seen = []
+    resample = metrics.resample
+    monkeypatch.setattr(metrics, "resample", lambda *args: seen.append(args[:2]) or resample(*args))
+    people = (np.arange(60) // 3).astype(str)
+    Ensemble([member(truth(60), 1, s, groups=people) for s in range(2)]).search(
+        "accuracy", methods=("bagged",)
+    )
+    sizes = {images for _, images in seen}
+    assert min(sizes) < 48 <= max(s for s in sizes if s < 60)
+    for numbers, images in seen:
+        assert np.bincount(numbers).tolist() == [3] * (images // 3)
 
 
 def test_groups_stay_together_then_folds_then_labels():

@@ -416,7 +416,7 @@ class Ensemble:
         ]
         allowed = [*(alone if "best" in methods else []), *blends]
         whole = frozenset(range(trial.count))
-        from threadpoolctl import threadpool_limits  # scikit-learn brings it
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn brings it
 
         with threadpool_limits(1):  # many small products: threads would only wait for each other
             chosen = trial.choose(allowed, whole, frozenset())
