@@ -204,9 +204,8 @@ def infer_views(
     passes: dict[tuple[Any, ...], list[View]] = {}
     for view in views:
         shared = passes.setdefault(view_pipeline(view.pixels, plain), [])
-        if view.turn not in [
-            other.turn for other in shared
-        ]:  # a scale that changes nothing is no second vote
+        # A scale that changes nothing is no second vote.
+        if view.turn not in [other.turn for other in shared]:
             shared.append(view)
     total: np.ndarray | None = None
     for pipeline, shared in passes.items():
