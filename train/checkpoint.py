@@ -122,3 +122,18 @@ def restore_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], where
             f"the weights in {where} do not fit this model ({first}); "
             "the installed timm may define it differently from the one used in training"
         ) from error
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of torch's generators on the CPU and on ``device``."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Set torch's generators to :func:`random_state`; a GPU's is left where there was none."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

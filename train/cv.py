@@ -8,6 +8,7 @@ function of the saved probabilities. The trade-off: folds are trained one after 
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,8 +125,10 @@ def cross_validate(
     """
     cfg = cfg or Config()
     cfg = replace(cfg, valid=None, split=None, fold=0, **({} if groups is None else {"groups": groups}))
-    folder = runs.check_folder(out, resume=resume, overwrite=overwrite)
+    folder = Path(out)
     with ranks() as group:
+        if group.first:
+            runs.check_folder(folder, resume=resume, overwrite=overwrite)
         whole = read_labelled(data, cfg.groups)
         table = _table(whole, cfg, folds, scheme, repeats, column)
         again = resume and (folder / FOLDS).is_file()
@@ -178,8 +181,6 @@ def _table(
 
 def _inspect(table: Folds, whole: Labelled, cfg: Config, *, looked: bool) -> None:
     """Warn of classes that are missing on a side, and refuse a split that leaks."""
-    import warnings
-
     for text in check_folds(table, whole.classes):
         warnings.warn(text, TrainWarning, stacklevel=3)
     if not cfg.allow_leak and not looked:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,21 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 def _first_line(error: BaseException) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Only deterministic algorithms while training, if they are wanted."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = (
+        torch.aredeterministic_algorithms_enabled(),
+        torch.isdeterministic_algorithms_warn_only_enabled(),
+    )
+    torch.usedeterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.usedeterministic_algorithms(before[0], warn_only=before[1])

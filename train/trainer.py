@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -35,7 +34,15 @@ from fastload.train.data import Split, eval_pipeline, make_split, train_pipeline
 from fastload.train.distributed import Ranks, ranks
 from fastload.train.files import write_json
 from fastload.train.infer import infer
-from fastload.train.model import Given, build_model, check_forward, model_name, normalisation, pick_device
+from fastload.train.model import (
+    Given,
+    build_model,
+    check_forward,
+    deterministic,
+    model_name,
+    normalisation,
+    pick_device,
+)  # fmt: skip
 from fastload.train.predictions import VALID, Predictions
 from fastload.train.step import make_step, no_memory
 
@@ -77,24 +84,25 @@ class Trainer:
             group = stack.enter_context(ranks())
             cfg = self._resolved(train, valid)
             device = pick_device(f"cuda:{group.local}" if _own_gpu(cfg, group) else cfg.device)
-            folder = runs.check_folder(out, resume=resume, overwrite=overwrite)
+            folder = Path(out)
+            if group.first:
+                runs.check_folder(folder, resume=resume, overwrite=overwrite)
             state = checkpoint.load(folder / runs.LAST) if resume and (folder / runs.LAST).is_file() else None
             known = checked or state is not None or not group.first  # what was looked at once is known
-            split = make_split(train or str(cfg.data), valid or cfg.valid, cfg, checked=known)
+            whole = str(cfg.data) if train is None else train
+            split = make_split(whole, cfg.valid if valid is None else valid, cfg, checked=known)
             if state is not None:
                 _check_same(state, cfg, split, folder)
             stack.enter_context(
                 torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else [])
             )
-            stack.enter_context(_deterministic(cfg.deterministic))
+            stack.enter_context(deterministic(cfg.deterministic))
             torch.manual_seed(cfg.seed)
             session = Session(cfg, split, folder, device, group, self.model, stack, progress)
             if state is not None:
                 session.restore(state)
-            if (
-                overwrite and group.first
-            ):  # not before everything that can be wrong with the call has been looked at
-                runs.clear(folder)
+            if overwrite and group.first:
+                runs.clear(folder)  # not before everything that can be wrong with the call has been looked at
             return session.run([*callbacks, *_trackers(cfg)] if group.first else [])
 
     def _resolved(self, train: Dataset | str | Path | None, valid: Dataset | str | Path | None) -> Config:
@@ -414,7 +422,9 @@ class Session:
             model.load_state_dict(weights)
             feed = self._feed(cfg.size)
             feed.set_epoch(cfg.epochs)
-            full = (batch[0] for batch in feed if len(batch[0]) == min(cfg.batch_size, feed.num_samples))  # all weigh alike
+            full = (
+                batch[0] for batch in feed if len(batch[0]) == min(cfg.batch_size, feed.num_samples)
+            )  # all weigh alike
             update_batch_norm(model, full, self.step.device)
         else:
             weights, chosen = greedy_soup([one["weights"] for one in self.soup], self._score_of)
@@ -434,7 +444,7 @@ class Session:
 
     def save(self, inside: dict[str, Any] | None = None) -> None:
         """Write ``last.pt``; ``inside`` says where in an epoch that is begun. All processes must call it."""
-        random = self.ranks.gather(_random_state(self.step.device))
+        random = self.ranks.gather(checkpoint.random_state(self.step.device))
         if not self.ranks.first:
             return
         progress = {
@@ -456,33 +466,12 @@ class Session:
         self.swa.load_state_dict(state["swa"])
         self.step.scores[:] = state["scores"]
         self.step.load_state_dict(state["step"])
-        mine = state["random"][self.ranks.rank]
-        torch.set_rng_state(mine["cpu"])
-        if self.step.device.type == "cuda" and "cuda" in mine:
-            torch.cuda.set_rng_state(mine["cuda"], self.step.device)
+        checkpoint.restore_random(state["random"][self.ranks.rank], self.step.device)
 
 
 def _own_gpu(cfg: Config, group: Ranks) -> bool:
     """Whether each process takes the GPU of its number."""
     return group.size > 1 and cfg.device in (None, "cuda") and torch.cuda.device_count() > group.local
-
-
-@contextlib.contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """Only deterministic algorithms while training, if they are wanted."""
-    if not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _trackers(cfg: Config) -> list[Callback]:
@@ -491,13 +480,6 @@ def _trackers(cfg: Config) -> list[Callback]:
     from fastload.train.track import make_trackers
 
     return make_trackers(cfg)
-
-
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
 
 
 def _check_same(state: dict[str, Any], cfg: Config, split: Split, folder: Path) -> None:
