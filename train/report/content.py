@@ -219,7 +219,7 @@ def pairs(table: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _names(row: np.ndarray, classes: Sequence[str]) -> str:
-    return ", ".join(classes[i] for i in np.flatnonzero(row)) or "none"
+    return ", ".join(classes[i] for i in np.flatnonzero(row).tolist()) or "none"
 
 
 def mistakes(held: Predictions) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def mistakes(held: Predictions) -> dict[str, Any]:
 def label_errors(held: Predictions) -> dict[str, Any]:
     """Probable label errors, most probable first."""
     found = suspects(held.true, held.probs)
-    cards = []
+    cards, lines = [], list[tuple[str, str, float | None]]()
     for one in found[:CARDS]:
         if one.label is None:
             lines = [(word, held.classes[c], float(held.probs[one.row, c]))
