@@ -15,10 +15,12 @@ setup(
         "fastload.benchmarks.peers": "benchmarks/peers",
         "fastload.benchmarks.report": "benchmarks/report",
         "fastload.train": "train",
+        "fastload.train.report": "train/report",
     },
     packages=[
         "fastload",
         "fastload.beton",
+        "fastload.check",
         "fastload.cli",
         "fastload.engines",
         "fastload.kernels",
@@ -26,6 +28,12 @@ setup(
         "fastload.benchmarks.peers",
         "fastload.benchmarks.report",
         "fastload.train",
+        "fastload.train.report",
     ],
-    package_data={"fastload": ["py.typed"], "fastload.benchmarks.report": ["template.html.j2"]},
+    package_data={
+        "fastload": ["py.typed"],
+        "fastload.benchmarks.report": ["template.html.j2"],
+        "fastload.check": ["template.html.j2"],
+        "fastload.train.report": ["template.html.j2"],
+    },
 )

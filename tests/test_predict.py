@@ -22,7 +22,7 @@ from fastload.train import Config, Trainer, checkpoint, cross_validate, predict
 from fastload.train.data import TrainWarning
 from fastload.train.ensemble import Ensemble
 from fastload.train.infer import infer
-from fastload.train.predict import average
+from fastload.train.predicting import average
 from fastload.train.predictions import Predictions
 from fastload.train.runs import load_run
 

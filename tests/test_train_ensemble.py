@@ -514,7 +514,7 @@ def test_predict_asks_every_member_that_counts(tmp_path, monkeypatch):
         asked.append((run, data, options))
         return member(labels, 1, len(asked), prefix="t", seconds=1.0)
 
-    monkeypatch.setitem(sys.modules, "fastload.train.predict", types.SimpleNamespace(predict=predict))
+    monkeypatch.setitem(sys.modules, "fastload.train.predicting", types.SimpleNamespace(predict=predict))
     names = [tmp_path / name for name in "abc"]
     ensemble = Ensemble([Member(p.name, p, member(labels, 1, i)) for i, p in enumerate(names)])
     ensemble.blend = Blend("weighted", [0.75, 0.0, 0.25])

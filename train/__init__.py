@@ -34,7 +34,7 @@ _LAZY = {
     "make_folds": "folds",
     "make_step": "step",
     "pick_device": "model",
-    "predict": "predict",
+    "predict": "predicting",
     "read_run": "cv",
     "train_pipeline": "data",
 }
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from fastload.train.folds import make_folds as make_folds
     from fastload.train.model import create_model as create_model
     from fastload.train.model import pick_device as pick_device
-    from fastload.train.predict import predict as predict
+    from fastload.train.predicting import predict as predict
     from fastload.train.predictions import Predictions as Predictions
     from fastload.train.runs import Run as Run
     from fastload.train.runs import load_run as load_run

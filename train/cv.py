@@ -76,7 +76,7 @@ class CvRun:
 
     def predict(self, data: Dataset | str | Path, **options: Any) -> Predictions:
         """Mean probabilities of the folds' models for new images: see :func:`fastload.train.predict`."""
-        from fastload.train.predict import predict
+        from fastload.train.predicting import predict
 
         return predict(self, data, **options)
 

@@ -475,9 +475,9 @@ class Ensemble:
     ) -> Predictions:
         """Predict ``data`` with every member that counts and combine. ``out``: also write a CSV.
 
-        ``options`` go to :func:`fastload.train.predict.predict`. UsageError for members that are only probabilities.
+        ``options`` go to :func:`fastload.train.predict`. UsageError for members that are only probabilities.
         """
-        from fastload.train.predict import predict
+        from fastload.train.predicting import predict
 
         weights = self._fitted().weights
         paths: list[Path | None] = []

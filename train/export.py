@@ -30,7 +30,7 @@ from fastload.loader import Loader
 from fastload.train.data import eval_pipeline, open_data
 from fastload.train.files import write_atomic, write_json
 from fastload.train.losses import activation
-from fastload.train.predict import members_of
+from fastload.train.predicting import members_of
 from fastload.train.predictions import VALID, Predictions
 from fastload.train.runs import LoadedRun, load_run
 

@@ -98,7 +98,7 @@ class Run:
 
     def predict(self, data: Dataset | str | Path, **options: Any) -> Predictions:
         """Probabilities for new images: see :func:`fastload.train.predict`."""
-        from fastload.train.predict import predict
+        from fastload.train.predicting import predict
 
         return predict(self, data, **options)
 

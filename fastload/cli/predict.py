@@ -114,7 +114,7 @@ def command(
 
 def _mean(runs: list[str], images: Dataset, options: dict[str, Any]) -> Predictions:
     """The mean of all runs; a saved ensemble is one of them."""
-    from fastload.train.predict import average, predict
+    from fastload.train.predicting import average, predict
 
     parts = []
     for run in runs:
