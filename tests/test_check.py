@@ -267,10 +267,8 @@ def test_wrong_calls_are_one_sentence(tmp_path, files):
 
 
 def shell(*args):
-    code = "import sys; from fastload.cli import COMMANDS, main; COMMANDS.setdefault('check', ''); main(sys.argv[1:])"
-    return subprocess.run(
-        [sys.executable, "-c", code, "check", *map(str, args)], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "fastload", "check", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_the_command(tmp_path, files):

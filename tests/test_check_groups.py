@@ -33,6 +33,7 @@ PATTERNS = {
     "folders of all classes": ("images/{person:06d}_female_45/mask{photo}.jpg", "parent"),
     "class folders in folders": ("{person:03d}/{label}/{photo}.png", "parent"),
     "behind a side of a split": ("train/{label}/subject-{person}/{photo}.jpeg", "parent"),
+    "folders in folders": ("images/person_{person}/view{photo}/1.jpg", "parent"),
     "stems": ("s{person:03d}_{photo}.jpg", "stem"),
     "stems in class folders": ("{label}/s{person:03d}_{photo}.jpg", "stem"),
     "stems with a word": ("p{person}-mask{photo}.jpg", "stem"),

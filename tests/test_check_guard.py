@@ -35,11 +35,18 @@ def people(tmp_path, pattern, persons=30, photos=5):
     return write(tmp_path / "people.beton", rows), np.repeat(np.arange(persons), photos)
 
 
-@pytest.mark.parametrize("pattern", ["{c}/person{p}/img{k}.jpg", "{c}/s{p:03d}_{k}.jpg"])
-def test_one_person_in_several_folds_is_told_by_paths(tmp_path, pattern):
+@pytest.mark.parametrize(
+    ("pattern", "cure"),
+    [
+        ("{c}/person{p}/img{k}.jpg", "--groups parent keeps"),
+        ("person{p}/view{k}/{k}.jpg", "a field that names it"),  # the parent is not the person
+        ("{c}/s{p:03d}_{k}.jpg", "a field that names it"),
+    ],
+)
+def test_one_person_in_several_folds_is_told_by_paths(tmp_path, pattern, cure):
     data, persons = people(tmp_path, pattern)
     told = guard([data], [spread(data.labels)], labels=[data.labels])
-    assert len(told) == 1 and "(100.0%)" in told[0] and "--groups" in told[0] and "\n" not in told[0]
+    assert len(told) == 1 and "(100.0%)" in told[0] and cure in told[0] and "\n" not in told[0]
     assert guard([data], [persons % 5], labels=[data.labels]) == []
     fold = np.where(persons < 6, 0, -1)
     assert guard([data], [fold], labels=data.labels) == []

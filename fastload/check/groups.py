@@ -116,20 +116,21 @@ def _without_labels(folders: list[tuple[str, ...]], classes: np.ndarray | None) 
 def _by_folder(
     names: list[_Name], dirs: list[tuple[str, ...]], classes: np.ndarray | None
 ) -> PathGroups | None:
-    keys = ["/".join(parts) for parts in dirs]
-    sizes = Counter(keys)
-    if classes is None or len(sizes) < FEWEST_GROUPS or len(keys) > LARGEST_FOLDER * len(sizes):
+    if classes is None:
         return None
-    if sum(n for n in sizes.values() if n > 1) < len(keys) / 2:
-        return None
-    pure, kinds = _purity(keys, classes)[0], len(np.unique(classes))
-    if pure >= 0.99 and len(sizes) < 2 * kinds:
-        return None
-    many = "each of one class" if pure >= 0.99 else "many with several classes"
-    why = (
-        f"{len(sizes):,} small folders such as {_shown(names, keys)} hold {_mean(sizes)} images each, {many}"
-    )
-    return PathGroups(np.array(keys, dtype=str), "parent", why)
+    for depth in range(max(map(len, dirs)), 0, -1):  # the finest folders that hold several images
+        keys = ["/".join(parts[:depth]) for parts in dirs]
+        sizes = Counter(keys)
+        if len(sizes) < FEWEST_GROUPS or len(keys) > LARGEST_FOLDER * len(sizes):
+            continue
+        pure, kinds = _purity(keys, classes)[0], len(np.unique(classes))
+        shared = sum(n for n in sizes.values() if n > 1)
+        if shared < len(keys) / 2 or (pure >= 0.99 and len(sizes) < 2 * kinds):
+            continue
+        many = "each of one class" if pure >= 0.99 else "many with several classes"
+        why = f"{len(sizes):,} small folders such as {_shown(names, keys)} hold {_mean(sizes)} images each, {many}"
+        return PathGroups(np.array(keys, dtype=str), "parent", why)
+    return None
 
 
 def _by_stem(
@@ -192,7 +193,7 @@ def _shown(names: list[_Name], keys: Sequence[str], sizes: Counter[str] | None =
     usual = np.median([sizes[key] for key in shared])
     key = min(shared, key=lambda key: abs(sizes[key] - usual))
     pair = [name for name, own in zip(names, keys) if own == key][:2]
-    return " and ".join(repr("/".join((*name.folders[-2:], name.stem))) for name in pair)
+    return " and ".join(repr("/".join((*name.folders[-3:], name.stem))) for name in pair)
 
 
 def _mean(sizes: Counter[str]) -> str:

@@ -74,11 +74,14 @@ def _by_paths(found: PathGroups | None, names: _Names) -> str | None:
     leaked = _spread(group, names.fold)
     if not names.many(len(leaked)):
         return None
-    cure = {
-        "parent": "--groups parent keeps each folder on one side",
-        "stem": "keep each subject on one side with --groups and a field that names it",
-        "copy": "--groups duplicates keeps those together that also look alike",
-    }[found.rule]
+    # Of person/cat/1.jpg the folder of the image is not the subject's.
+    parents = [source.replace("\\", "/").rpartition("/")[0] for source in names.sources]
+    exactly = len(set(zip(parents, found.values.tolist()))) == len(set(parents)) == group.max() + 1
+    cure = "keep each subject on one side with --groups and a field that names it"
+    if found.rule == "parent" and exactly:
+        cure = "--groups parent keeps each folder on one side"
+    elif found.rule == "copy":
+        cure = "--groups duplicates keeps those together that also look alike"
     return (
         f"{names.share(len(leaked))} have a probable companion on the training side by their paths: {found.why}; "
         f"for example {names.pair(*_pair(group, names.fold, leaked))}; {cure}"
