@@ -124,7 +124,7 @@ def cross_validate(
     split probably leaks and ``cfg.allow_leak`` is False; UsageError: options that do not fit.
     """
     cfg = cfg or Config()
-    cfg = replace(cfg, valid=None, split=None, fold=0, **({} if groups is None else {"groups": groups}))
+    cfg = replace(cfg, valid=None, split=None, fold=0, groups=cfg.groups if groups is None else groups)
     folder = Path(out)
     with ranks() as group:
         if group.first:

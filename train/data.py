@@ -88,7 +88,7 @@ class Split:
 def label_names(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
     """The label of each image as text; several are joined by a blank."""
     if labels.ndim == 2:
-        return [" ".join(classes[i] for i in np.flatnonzero(row > 0.5)) for row in labels]
+        return [" ".join(classes[i] for i in np.flatnonzero(row > 0.5).tolist()) for row in labels]
     return [classes[label] for label in labels.tolist()]
 
 

@@ -467,7 +467,7 @@ class Ensemble:
         }
         return Predictions(
             parts[0].ids, probs, self.classes, **known, decided=decided, multilabel=self.several,
-            note=parts[0].note, seconds=sum(part.seconds for part in parts),
+            note="; ".join(dict.fromkeys(part.note for part in parts if part.note)), seconds=sum(part.seconds for part in parts),
         )  # fmt: skip
 
     def predict(

@@ -47,7 +47,7 @@ def build_model(cfg: Config, num_classes: int, given: Given | None = None) -> nn
     if cfg.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise UsageError(f"gradient checkpointing needs a timm model, got {cfg.model!r}")
-        model.set_grad_checkpointing(True)
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
     if cfg.weights is not None:
         load_weights(model, cfg.weights)
     return model
@@ -72,7 +72,7 @@ def _imported(name: str) -> Callable[[int], nn.Module]:
 def head_of(model: nn.Module) -> nn.Module:
     """The classifier of a timm model, or the last module of another that has weights."""
     if hasattr(model, "get_classifier"):
-        head = model.get_classifier()
+        head = model.get_classifier()  # type: ignore[operator]
         if isinstance(head, nn.Module):
             return head
     heads = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
@@ -227,11 +227,11 @@ def deterministic(wanted: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = (
-        torch.aredeterministic_algorithms_enabled(),
-        torch.isdeterministic_algorithms_warn_only_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    torch.usedeterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.usedeterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

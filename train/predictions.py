@@ -110,7 +110,7 @@ class Predictions:
         """The rows at ``rows`` (integers or a mask)."""
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
-        parts = {
+        parts: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[rows]
             for name in ("labels", "groups", "folds", "decided")
         }
@@ -212,10 +212,9 @@ def _read_npz(path: Path) -> Predictions:
         several = (
             bool(found["multilabel"]) if "multilabel" in found else found.get("labels", np.zeros(0)).ndim == 2
         )
-        return Predictions(
-            [str(id) for id in found["ids"]], found["probs"].astype(np.float32), [str(name) for name in found["classes"]],
-            *(found.get(name) for name in ("labels", "groups", "folds", "decided")), several,
-        )  # fmt: skip
+        known: dict[str, Any] = {name: found.get(name) for name in ("labels", "groups", "folds", "decided")}
+        ids, classes = ([str(text) for text in found[name]] for name in ("ids", "classes"))
+        return Predictions(ids, found["probs"].astype(np.float32), classes, **known, multilabel=several)
     except (OSError, ValueError, KeyError, BadZipFile, EOFError) as error:
         raise DataError(f"{path} holds no predictions of fastload ({error}); write it anew") from error
 

@@ -169,8 +169,8 @@ def check_folder(folder: str | Path, *, resume: bool, overwrite: bool) -> Path:
 
 def clear(folder: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+    for path in [*(folder / name for name in FILES), *folder.glob("tta_*.npz")]:
+        path.unlink(missing_ok=True)
 
 
 def column(metric: str) -> str:

@@ -120,7 +120,7 @@ class Trainer:
             raise UsageError(
                 "validation data and a saved split exclude each other; give one of them, got both"
             )
-        return replace(cfg, **given)
+        return cfg.with_values(given)
 
 
 class Session:

@@ -433,7 +433,7 @@ def _start(
     suggestions(read_space(space), cfg)
     opened = open_data(data if data is not None else str(cfg.data))
     # Trials run from anywhere, and are repeated from anywhere.
-    paths = {"data": opened.path, "valid": cfg.valid, "split": cfg.split}
+    paths: dict[str, Any] = {"data": opened.path, "valid": cfg.valid, "split": cfg.split}
     cfg = replace(
         cfg, **{k: None if path is None else str(Path(path).resolve()) for k, path in paths.items()}
     )
