@@ -20,7 +20,8 @@ from threadpoolctl import threadpool_limits
 from fastload.errors import DataError, UsageError
 from fastload.train import ensemble as module
 from fastload.train import metrics
-from fastload.train.ensemble import METHODS, Blend, Ensemble, Member, fit, nested_folds
+from fastload.train.blend import METHODS, Blend, fit
+from fastload.train.ensemble import Ensemble, Member, nested_folds
 from fastload.train.predictions import Predictions
 
 

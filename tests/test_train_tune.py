@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -366,7 +367,7 @@ def test_unforeseen_errors_end_the_search_and_the_trial_is_repeated(
     with pytest.raises(RuntimeError, match="a bug"):
         tune(out=tmp_path / "t", trials=4, resume=True)
     search = tune(out=tmp_path / "t", trials=4, resume=True)
-    again = [lr == before for before, lr in zip(no_training, no_training[1:])]
+    again = [lr == before for before, lr in pairwise(no_training)]
     assert again == [False, True, False, True, False]
     assert [t.state.name for t in search.trials] == [
         "COMPLETE",

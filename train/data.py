@@ -129,7 +129,7 @@ def make_split(
     if not checked and not cfg.allow_leak:
         sides = [split.train, split.valid]
         refuse_leaks(
-            sides, [np.full(len(side), i) for i, side in enumerate(sides)], [split.train_labels, split.valid_labels],
+            sides, [np.full(len(side), i - 1) for i, side in enumerate(sides)], [split.train_labels, split.valid_labels],
             split.group_field, cfg.threads,
         )  # fmt: skip
     return split

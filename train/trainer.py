@@ -392,8 +392,10 @@ class Session:
     # -- what is kept ----------------------------------------------------------------------------------------------
 
     def _is_best(self, line: dict[str, Any]) -> bool:
+        if self.best is None:  # even of a metric that has no value on these images
+            return True
         name = runs.column(self.cfg.metric)
-        return metrics.better(self.cfg.metric, line[name], None if self.best is None else self.best[name])
+        return metrics.better(self.cfg.metric, line[name], self.best[name])
 
     def _keep_best(self, line: dict[str, Any], weights: dict[str, Any], valid: Predictions) -> None:
         self.best = line

@@ -433,10 +433,9 @@ def _start(
     suggestions(read_space(space), cfg)
     opened = open_data(data if data is not None else str(cfg.data))
     # Trials run from anywhere, and are repeated from anywhere.
-    paths: dict[str, Any] = {"data": opened.path, "valid": cfg.valid, "split": cfg.split}
-    cfg = replace(
-        cfg, **{k: None if path is None else str(Path(path).resolve()) for k, path in paths.items()}
-    )
+    paths = {"data": opened.path, "valid": cfg.valid, "split": cfg.split}
+    known: dict[str, Any] = {k: str(Path(path).resolve()) for k, path in paths.items() if path is not None}
+    cfg = replace(cfg, **known)
     if given["folds"] is not None:
         whole = read_labelled(opened, cfg.groups)
         table = folds_of(whole, "auto", cfg, folds=given["folds"])
