@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from fastload.errors import DataError, UsageError
-from fastload.train import ensemble as module
+from fastload.train import blend as module
 from fastload.train import metrics
 from fastload.train.blend import METHODS, Blend, fit
 from fastload.train.ensemble import Ensemble, Member, nested_folds
