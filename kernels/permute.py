@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from fastload.kernels.planes import LANES, _pointer, _splat, _words
+from fastload.kernels.planes import LANES, pointer_to, splat, words
 
 NONE, AVX2, VBMI = 0, 1, 2
 PIECES = {NONE: 1, AVX2: 4, VBMI: 1}  # windows of one group of LANES samples
@@ -58,7 +58,7 @@ def _product(builder: Any, instructions: int, a: Any, b: Any) -> Any:
     """
     if instructions == VBMI:
         return builder.call(_function(builder, "llvm.x86.avx512.pmulhu.w.512", a.type, 2), [a, b])
-    multiply = _function(builder, "llvm.x86.avx2.pmulhu.w", _words(16), 2)
+    multiply = _function(builder, "llvm.x86.avx2.pmulhu.w", words(16), 2)
     halves = []
     for first in (0, 16):
         lanes = ir.Constant(ir.VectorType(_I32, 16), list(range(first, first + 16)))
@@ -67,7 +67,7 @@ def _product(builder: Any, instructions: int, a: Any, b: Any) -> Any:
 
 
 def _load(builder: Any, base: Any, skip: int, kind: Any) -> Any:
-    return builder.load(_pointer(builder, builder.add(base, ir.Constant(_I64, skip)), kind), align=1)
+    return builder.load(pointer_to(builder, builder.add(base, ir.Constant(_I64, skip)), kind), align=1)
 
 
 def _concatenated(builder: Any, a: Any, b: Any) -> Any:
@@ -101,7 +101,7 @@ def _picked(builder: Any, instructions: int, double: bool, places: list[Any], in
             permute = _function(builder, "llvm.x86.avx512.permvar.qi.512", kind, 2)
             picked = builder.call(permute, [low, index[0]])
         wanted = builder.icmp_signed(">=", index[0], ir.Constant(kind, None))
-        return builder.bitcast(builder.select(wanted, picked, ir.Constant(kind, None)), _words(LANES))
+        return builder.bitcast(builder.select(wanted, picked, ir.Constant(kind, None)), words(LANES))
     kind = _bytes(32)
     permute = _function(builder, "llvm.x86.avx2.pshuf.b", kind, 2)
     halves = []
@@ -119,7 +119,7 @@ def _picked(builder: Any, instructions: int, double: bool, places: list[Any], in
             picked = builder.or_(pick(low, skip), pick(high, skip + 16))
         else:
             picked = pick(index[i], skip)
-        halves.append(builder.bitcast(picked, _words(16)))
+        halves.append(builder.bitcast(picked, words(16)))
     return _concatenated(builder, *halves)
 
 
@@ -135,7 +135,7 @@ def _along(instructions: int, double: bool) -> Any:
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             source, starts, table, taps, groups, line = args
-            pieces, kind = PIECES[instructions], _words(LANES)
+            pieces, kind = PIECES[instructions], words(LANES)
 
             def body(count: int) -> None:
                 with cgutils.for_range(builder, groups) as group:
@@ -152,7 +152,7 @@ def _along(instructions: int, double: bool) -> Any:
                         weight = _load(builder, at, INDEX + 2 * LANES * k, kind)
                         total = builder.add(total, _product(builder, instructions, picked, weight))
                     to = builder.add(line, builder.mul(group.index, ir.Constant(_I64, 2 * LANES)))
-                    builder.store(total, _pointer(builder, to, kind), align=2)
+                    builder.store(total, pointer_to(builder, to, kind), align=2)
 
             if instructions != NONE:
                 _for_each_count(builder, taps, TWICE if double else ONCE, body)
@@ -175,7 +175,7 @@ def _blend_lines(instructions: int) -> Any:
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             ring, length, first, taps, weights, step, groups, out = args
-            kind = _words(LANES)
+            kind = words(LANES)
 
             def body(count: int) -> None:
                 lines, factors = [], []
@@ -185,7 +185,7 @@ def _blend_lines(instructions: int) -> Any:
                     )
                     lines.append(builder.add(ring, builder.mul(number, length)))
                     place = builder.add(weights, builder.mul(step, ir.Constant(_I64, k)))
-                    factors.append(_splat(builder, _load(builder, place, 0, _I16), LANES))
+                    factors.append(splat(builder, _load(builder, place, 0, _I16), LANES))
                 with cgutils.for_range(builder, groups) as group:
                     skip = builder.mul(group.index, ir.Constant(_I64, 2 * LANES))
                     total: Any = ir.Constant(kind, [128 + count // 2] * LANES)
@@ -194,7 +194,7 @@ def _blend_lines(instructions: int) -> Any:
                         total = builder.add(total, _product(builder, instructions, samples, factor))
                     levels = builder.trunc(builder.lshr(total, ir.Constant(kind, [8] * LANES)), _bytes(LANES))
                     to = builder.add(out, builder.mul(group.index, ir.Constant(_I64, LANES)))
-                    builder.store(levels, _pointer(builder, to, _bytes(LANES)), align=1)
+                    builder.store(levels, pointer_to(builder, to, _bytes(LANES)), align=1)
 
             if instructions != NONE:
                 _for_each_count(builder, taps, LINES, body)

@@ -29,15 +29,15 @@ _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTyp
 LANES = 32  # samples that a pass works on at once
 
 
-def _pointer(builder: Any, address: Any, kind: Any) -> Any:
+def pointer_to(builder: Any, address: Any, kind: Any) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _words(lanes: int) -> Any:
+def words(lanes: int) -> Any:
     return ir.VectorType(_I16, lanes)
 
 
-def _splat(builder: Any, scalar: Any, lanes: int) -> Any:
+def splat(builder: Any, scalar: Any, lanes: int) -> Any:
     kind = ir.VectorType(scalar.type, lanes)
     vector = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(_I32, 0))
     mask = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
@@ -63,27 +63,27 @@ def _blend(bytes_in: bool) -> Any:
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             source, stride, taps, weights, step, groups, out = args
-            kind = _words(LANES)
+            kind = words(LANES)
             total = cgutils.alloca_once(builder, kind)
             # Each product is cut off, by half a unit on average.
-            bias = _splat(builder, builder.trunc(builder.lshr(taps, ir.Constant(_I64, 1)), _I16), LANES)
+            bias = splat(builder, builder.trunc(builder.lshr(taps, ir.Constant(_I64, 1)), _I16), LANES)
             size = LANES if bytes_in else 2 * LANES
             with cgutils.for_range(builder, groups) as group:
                 builder.store(bias, total)
                 at = builder.add(source, builder.mul(group.index, ir.Constant(_I64, size)))
                 with cgutils.for_range(builder, taps) as tap:
                     place = builder.add(weights, builder.mul(tap.index, step))
-                    weight = _splat(builder, builder.load(_pointer(builder, place, _I16), align=2), LANES)
+                    weight = splat(builder, builder.load(pointer_to(builder, place, _I16), align=2), LANES)
                     address = builder.add(at, builder.mul(tap.index, stride))
                     if bytes_in:
-                        raw = builder.load(_pointer(builder, address, ir.VectorType(_I8, LANES)), align=1)
+                        raw = builder.load(pointer_to(builder, address, ir.VectorType(_I8, LANES)), align=1)
                         samples = builder.shl(builder.zext(raw, kind), ir.Constant(kind, [8] * LANES))
                     else:
-                        samples = builder.load(_pointer(builder, address, kind), align=2)
+                        samples = builder.load(pointer_to(builder, address, kind), align=2)
                     product = _upper_half(builder, samples, weight)
                     builder.store(builder.add(builder.load(total), product), total)
                 to = builder.add(out, builder.mul(group.index, ir.Constant(_I64, 2 * LANES)))
-                builder.store(builder.load(total), _pointer(builder, to, kind), align=2)
+                builder.store(builder.load(total), pointer_to(builder, to, kind), align=2)
             return context.get_dummy_value()
 
         return signature, generate
@@ -104,15 +104,15 @@ def _transpose(bytes_in: bool) -> Any:
         signature = types.void(*[types.intp] * 4)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kind = _words(16)
+            kind = words(16)
             rows = []
             for i in range(16):
                 place = builder.add(args[0], builder.mul(args[1], ir.Constant(_I64, i)))
                 if bytes_in:
-                    raw = builder.load(_pointer(builder, place, ir.VectorType(_I8, 16)), align=1)
+                    raw = builder.load(pointer_to(builder, place, ir.VectorType(_I8, 16)), align=1)
                     rows.append(builder.shl(builder.zext(raw, kind), ir.Constant(kind, [8] * 16)))
                 else:
-                    rows.append(builder.load(_pointer(builder, place, kind), align=2))
+                    rows.append(builder.load(pointer_to(builder, place, kind), align=2))
             for step in (1, 2, 4, 8):
                 result: list[Any] = [None] * 16
                 for i in range(16):
@@ -126,7 +126,7 @@ def _transpose(bytes_in: bool) -> Any:
                 rows = result
             for i in range(16):
                 place = builder.add(args[2], builder.mul(args[3], ir.Constant(_I64, i)))
-                builder.store(rows[i], _pointer(builder, place, kind), align=2)
+                builder.store(rows[i], pointer_to(builder, place, kind), align=2)
             return context.get_dummy_value()
 
         return signature, generate
@@ -144,7 +144,7 @@ def _store_pixels(builder: Any, channels: list[Any], address: Any) -> None:
     second = builder.shuffle_vector(channels[2], channels[2], pairs)
     lanes = [i // 3 + 16 * (i % 3) for i in range(48)]
     pixels = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, 48), lanes))
-    builder.store(pixels, _pointer(builder, address, ir.VectorType(_I8, 48)), align=1)
+    builder.store(pixels, pointer_to(builder, address, ir.VectorType(_I8, 48)), align=1)
 
 
 def _colour(components: int) -> Any:
@@ -154,14 +154,14 @@ def _colour(components: int) -> Any:
         signature = types.void(*[types.intp] * 5)
 
         def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            kind = _words(16)
+            kind = words(16)
 
             def constant(value: int) -> Any:
                 return ir.Constant(kind, [value] * 16)
 
             def load(address: Any, index: Any) -> Any:
                 place = builder.add(address, builder.mul(index, ir.Constant(_I64, 32)))
-                return builder.load(_pointer(builder, place, kind), align=2)
+                return builder.load(pointer_to(builder, place, kind), align=2)
 
             def level(value: Any) -> Any:  # six bits behind the point
                 value = builder.ashr(builder.add(value, constant(32)), constant(6))
@@ -203,18 +203,18 @@ def round_words(typing, source, groups, out):  # type: ignore[no-untyped-def]
     signature = types.void(*[types.intp] * 3)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = _words(16)
+        kind = words(16)
         with cgutils.for_range(builder, args[1]) as group:
             place = builder.add(args[0], builder.mul(group.index, ir.Constant(_I64, 32)))
             value = builder.lshr(
-                builder.load(_pointer(builder, place, kind), align=2), ir.Constant(kind, [7] * 16)
+                builder.load(pointer_to(builder, place, kind), align=2), ir.Constant(kind, [7] * 16)
             )
             value = builder.lshr(builder.add(value, ir.Constant(kind, [1] * 16)), ir.Constant(kind, [1] * 16))
             limit = ir.Constant(kind, [255] * 16)
             value = builder.select(builder.icmp_unsigned(">", value, limit), limit, value)
             place = builder.add(args[2], builder.mul(group.index, ir.Constant(_I64, 16)))
             levels = builder.trunc(value, ir.VectorType(_I8, 16))
-            builder.store(levels, _pointer(builder, place, ir.VectorType(_I8, 16)), align=1)
+            builder.store(levels, pointer_to(builder, place, ir.VectorType(_I8, 16)), align=1)
         return context.get_dummy_value()
 
     return signature, generate

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from fastload.errors import DataError, UsageError
 from fastload.train import blend as module
+from fastload.train import ensemble as ensembles
 from fastload.train import metrics
 from fastload.train.blend import METHODS, Blend, fit
 from fastload.train.ensemble import Ensemble, Member, nested_folds
@@ -222,7 +223,7 @@ def test_labels_of_a_fold_have_no_part_in_its_predictions_or_in_the_choice_for_i
     for true in (labels, lied):
         parts = [replace(member(labels, 1, s), labels=true, folds=folds) for s in range(3)]
         ensemble = Ensemble(parts)
-        trial = module._Nested(ensemble, "macro_f1", True, nested_folds(ensemble.base, 0))
+        trial = ensembles._Nested(ensemble, "macro_f1", True, nested_folds(ensemble.base, 0))
         candidates = [(name, flag) for name in METHODS for flag in (False, True)]
         others = frozenset({0, 1, 3, 4})
         made.append((
@@ -242,13 +243,13 @@ def test_labels_of_a_fold_have_no_part_in_its_predictions_or_in_the_choice_for_i
 
 def test_search_asks_for_the_choice_without_the_fold_that_it_is_scored_on(monkeypatch):
     asked = []
-    choose = module._Nested.choose
+    choose = ensembles._Nested.choose
 
     def spy(self, candidates, folds, without):
         asked.append((set(folds), set(without)))
         return choose(self, candidates, folds, without)
 
-    monkeypatch.setattr(module._Nested, "choose", spy)
+    monkeypatch.setattr(ensembles._Nested, "choose", spy)
     Ensemble([member(truth(60), 1, s, folds=np.arange(60) % 4) for s in range(2)]).search("accuracy")
     assert asked == [({0, 1, 2, 3}, set()), *(({0, 1, 2, 3} - {k}, {k}) for k in range(4))]
 

@@ -11,6 +11,7 @@ epoch.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def make_trackers(cfg: Config) -> list[Callback]:
     return [known[name]() for name in cfg.track]
 
 
-class _Tracker(Callback):
+class _Tracker(Callback, ABC):
     """What both have in common: ``scalars`` of every epoch, and of some steps the loss."""
 
     def __init__(self) -> None:
@@ -63,8 +64,9 @@ class _Tracker(Callback):
             session.step.updates,
         )
 
+    @abstractmethod
     def scalars(self, values: dict[str, float], step: int) -> None:
-        raise NotImplementedError
+        """Write ``values`` by name at optimizer step ``step``."""
 
 
 class TensorBoard(_Tracker):
