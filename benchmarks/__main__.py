@@ -99,14 +99,10 @@ def accuracy(
     from fastload.benchmarks.accuracy import run, text
     from fastload.system import usable_cores
 
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise UsageError(f"--seeds are whole numbers with commas between, got {seeds!r}") from None
     record = run(
         data,
         arms=arms.split(","),
-        seeds=numbers,
+        seeds=_numbers(seeds),
         out=out,
         say=lambda line: click.echo(line, err=True),
         model=model,
@@ -118,6 +114,37 @@ def accuracy(
     )
     click.echo(text(record))
     click.echo(json.dumps(record))
+
+
+@cli.command("leakage")
+@click.option(
+    "--seeds", default="0,1,2", show_default=True, help="Comma-separated; a data set and a split each."
+)
+@click.option("--subjects", default=200, show_default=True, help="People in the data, seven photos each.")
+@click.option("--new-subjects", default=400, show_default=True, help="People that give the true score.")
+@click.option("--epochs", default=15, show_default=True, help="Epochs of each fold.")
+@click.option("--folds", default=5, show_default=True, help="Folds of each split.")
+@click.option("--model", default="test_resnet", show_default=True, help="A timm model.")
+@click.option("--out", type=click.Path(), default=None, help="Append the record to this JSON-lines file.")
+def leakage(
+    seeds: str, subjects: int, new_subjects: int, epochs: int, folds: int, model: str, out: str | None
+) -> None:
+    """What a split by images, and one by people, say of models whose true score is known; made data, no download."""
+    from fastload.benchmarks.leakage import People, run, text
+
+    record = run(
+        People(subjects=subjects, new_subjects=new_subjects), seeds=_numbers(seeds), epochs=epochs, folds=folds, model=model,
+        out=out, say=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    click.echo(text(record))
+    click.echo(json.dumps(record))
+
+
+def _numbers(seeds: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(seed) for seed in seeds.split(","))
+    except ValueError:
+        raise UsageError(f"--seeds are whole numbers with commas between, got {seeds!r}") from None
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import csv
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ class People:
 
     def write(self, folder: Path, subjects: int, seed: int) -> Path:
         """JPEG files ``person_0001/3.jpg`` and ``labels.csv`` (path, label, person); the classes are the same for every seed."""
-        means = np.random.default_rng(12345).normal(0, self.apart, (self.classes, self.blocks, self.blocks, 3))
+        means = np.random.default_rng(12345).normal(
+            0, self.apart, (self.classes, self.blocks, self.blocks, 3)
+        )
         rng = np.random.default_rng(seed)
         folder.mkdir(parents=True)
         rows = []
@@ -76,7 +78,7 @@ def run(
     people: People | None = None,
     *,
     seeds: tuple[int, ...] = (0,),
-    epochs: int = 30,
+    epochs: int = 15,
     folds: int = 5,
     model: str = "test_resnet",
     out: str | None = None,
@@ -111,8 +113,13 @@ def _once(
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="fastload-leakage-") as place:
         folder = Path(place)
-        for name, subjects, number in (("known", people.subjects, seed), ("new", people.new_subjects, 1000 + seed)):
-            fastload.convert(people.write(folder / name, subjects, number), folder / f"{name}.beton", progress=False)
+        for name, subjects, number in (
+            ("known", people.subjects, seed),
+            ("new", people.new_subjects, 1000 + seed),
+        ):
+            fastload.convert(
+                people.write(folder / name, subjects, number), folder / f"{name}.beton", progress=False
+            )
         data, new = folder / "known.beton", folder / "new.beton"
         refused = ""
         try:
@@ -120,17 +127,22 @@ def _once(
         except DataError as error:
             refused = str(error)
         result: dict[str, Any] = {"seed": seed, "refused": refused}
-        say(f"seed {seed}, plain stratified folds: {'refused' if refused else 'NOT refused'}: {refused[:200]}")
-        for name, options in (("by_image", {"allow_leak": True, "groups": "none"}), ("by_group", {"groups": "person"})):
-            from dataclasses import replace
-
+        say(
+            f"seed {seed}, plain stratified folds: {'refused' if refused else 'NOT refused'}: {refused[:200]}"
+        )
+        for name, options in (
+            ("by_image", {"allow_leak": True, "groups": "none"}),
+            ("by_group", {"groups": "person"}),
+        ):
             cv = cross_validate(data, replace(cfg, **options), folds, out=folder / name, progress=False)
             # Each fold's model by itself: that is what the folds' score is about, not their mean.
             true = [one.predict(new, progress=False).score(METRIC) for one in cv.runs]
             last = cv.scores["last"][METRIC]
             result |= {name: cv.score, f"{name}_true": statistics.fmean(true), f"{name}_last": last}
             result[f"{name}_interval"] = list(cv.interval)
-            say(f"seed {seed}, {name}: pooled {METRIC} {cv.score:.3f} (last epochs {last:.3f}), on new subjects {statistics.fmean(true):.3f}")
+            say(
+                f"seed {seed}, {name}: pooled {METRIC} {cv.score:.3f} (last epochs {last:.3f}), on new subjects {statistics.fmean(true):.3f}"
+            )
     return result
 
 
