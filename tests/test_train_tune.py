@@ -24,7 +24,8 @@ from fastload.errors import DataError, UsageError
 from fastload.train import Config, Predictions, Trainer
 
 optuna = pytest.importorskip("optuna")
-from fastload.train.tune import read_search, read_space, suggestions, tune  # noqa: E402
+from fastload.train.tune_space import read_space, suggestions  # noqa: E402
+from fastload.train.tuning import read_search, tune  # noqa: E402
 
 tune_module = sys.modules[tune.__module__]
 
@@ -279,7 +280,7 @@ def test_failed_trials_are_recorded_and_the_search_goes_on(photos, tmp_path, cap
 KILLED = """
 import os, signal, sys
 from fastload.cli import main
-from fastload.train.tune import _Report
+from fastload.train.tuning import _Report
 
 def on_step(self, session, loss):
     if self.trial.number == 1:

@@ -29,6 +29,7 @@ _LAZY = {
     "compete": "competition",
     "create_model": "model",
     "cross_validate": "cv",
+    "find_lr": "lr_finder",
     "eval_pipeline": "data",
     "load_run": "runs",
     "make_folds": "folds",
@@ -37,6 +38,7 @@ _LAZY = {
     "predict": "predicting",
     "read_run": "cv",
     "train_pipeline": "data",
+    "tune": "tuning",
 }
 
 __all__ = [*_LAZY]  # pyright: ignore
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from fastload.train.ensemble import Ensemble as Ensemble
     from fastload.train.folds import Folds as Folds
     from fastload.train.folds import make_folds as make_folds
+    from fastload.train.lr_finder import find_lr as find_lr
     from fastload.train.model import create_model as create_model
     from fastload.train.model import pick_device as pick_device
     from fastload.train.predicting import predict as predict
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
     from fastload.train.step import Step as Step
     from fastload.train.step import make_step as make_step
     from fastload.train.trainer import Trainer as Trainer
+    from fastload.train.tuning import tune as tune
 
 
 def __getattr__(name: str) -> Any:

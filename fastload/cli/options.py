@@ -98,6 +98,8 @@ class Sections(click.Command):
         headings = {spec.name: spec.metadata["section"] for spec in fields(Config)}
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
         for param in self.get_params(ctx):
+            if not isinstance(param, click.Option):
+                continue
             record = param.get_help_record(ctx)
             if record is not None:
                 groups.setdefault(headings.get(str(param.name), "Options"), []).append(record)

@@ -56,7 +56,8 @@ def command(
     """
     from fastload.train import Config
     from fastload.train.runs import CONFIG
-    from fastload.train.tune import BEST, read_space, trial_line, tune
+    from fastload.train.tune_space import read_space
+    from fastload.train.tuning import BEST, trial_line, tune
 
     folder = Path(out)
     known = resume and (folder / CONFIG).is_file()

@@ -15,22 +15,20 @@ import contextlib
 import fcntl
 import gc
 import html
-import importlib.util
 import math
 import os
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 
 from fastload.dataset import Dataset
 from fastload.errors import DataError, UsageError, require, unknown
@@ -43,153 +41,20 @@ from fastload.train.files import write_atomic, write_csv, write_json
 from fastload.train.folds import Folds, check_folds
 from fastload.train.model import Given
 from fastload.train.trainer import Trainer
+from fastload.train.tune_plots import history, importances, score_of, slices
+from fastload.train.tune_space import Space, Suggest, quiet, read_space, suggestions
 
 if TYPE_CHECKING:
     import optuna
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from optuna.trial import FrozenTrial, Trial
 
 PRUNERS = ("median", "none")
-# Of the whole search: trials that differ in these could not be compared.
-NOT_SEARCHED = ("data", "valid", "split", "fold", "valid_fraction", "groups", "allow_leak", "metric")
 BEST, LOCK, STUDY = "best.yaml", "tune.lock", "study.db"
 STRIDE = 10_000  # Optuna's step of epoch e in fold k is k * STRIDE + e, however many epochs a trial has
 REASON, REPEATS = "reason", "repeats"  # why a trial failed; which killed trial it repeats
 SHOWN = 10  # trials in a table
 
-Suggest = Callable[["Trial"], dict[str, Any]]
-Space = Mapping[str, Any] | Suggest
 Tell = Callable[["FrozenTrial"], object]
-
-
-# -- the space ---------------------------------------------------------------------------------------------------------
-
-
-def read_space(space: Space | str | Path) -> Space:
-    """What may be tried: a mapping, a function ``space(trial) -> dict``, a YAML file, or ``file.py:function``.
-
-    An option of the mapping is ``{low, high, log, step}``, a list of values to choose from, or one value that is fixed.
-    UsageError: no such file or function; DataError: no mapping in it.
-    """
-    if not isinstance(space, (str, Path)):
-        return space
-    file, sign, name = str(space).rpartition(":")
-    if sign and file.endswith(".py"):
-        return _imported(Path(file), name)
-    try:
-        content = yaml.safe_load(Path(space).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read the space ({error}); give a YAML file or file.py:function, got {str(space)!r}"
-        ) from error
-    except yaml.YAMLError as error:
-        raise DataError(f"{space} is not YAML ({' '.join(str(error).split())[:160]})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{space} must hold 'option: what to try' on each line, got {type(content).__name__}")
-    return {str(name): value for name, value in content.items()}
-
-
-def _imported(file: Path, name: str) -> Suggest:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if not file.is_file() or spec is None or spec.loader is None:
-        raise UsageError(
-            f"no such Python file; give file.py:function with a function space(trial), got {str(file)!r}"
-        )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Suggest | None = getattr(module, name, None)
-    if found is None:
-        raise unknown("function", name, [k for k, v in vars(module).items() if callable(v)], f"in {file}")
-    return found
-
-
-def suggestions(space: Space, cfg: Config) -> Suggest:
-    """The function of a trial that gives its options, after everything in ``space`` has been checked against ``cfg``.
-
-    UsageError: an unknown option (with the nearest known), one that a search cannot change, values that it cannot have.
-    """
-    if callable(space):
-        optuna = require("optuna", "tune")
-        with _quiet():
-            # A trial of a study that is forgotten: names and values as they will come.
-            cfg.with_values(_named(space(optuna.create_study().ask())))
-        given: Suggest = space
-        return lambda trial: _named(given(trial))
-    options = {name: _option(name, value) for name, value in _named(dict(space)).items()}
-    if all(len(ends) == 1 for ends, _ in options.values()):
-        raise UsageError(
-            f"the space has nothing to choose from, so all trials would be alike; give a list or a range, got {dict(space)!r}"
-        )
-    # Some values fit only beside others (warmup_epochs and epochs): it is enough if they fit the first or the last ones.
-    first, last = ({name: ends[i] for name, (ends, _) in options.items()} for i in (0, -1))
-    for name, (ends, _) in options.items():
-        for value in ends:
-            try:
-                cfg.with_values({**first, name: value})
-            except UsageError:
-                cfg.with_values({**last, name: value})
-    return lambda trial: {name: draw(trial) for name, (_, draw) in options.items()}
-
-
-def _named(values: Any) -> dict[str, Any]:
-    """``values``, if their names are options that a search may change."""
-    if not isinstance(values, dict):
-        raise UsageError(f"a space is a mapping of options or a function that returns one, got {values!r}")
-    known = [spec.name for spec in fields(Config) if spec.name not in NOT_SEARCHED]
-    for name, value in values.items():
-        if name in NOT_SEARCHED:
-            raise UsageError(
-                f"trials that differ in {name!r} could not be compared; set it outside of the space, got {value!r}"
-            )
-        if name not in known:
-            raise unknown("training option in the space", name, known)
-    return values
-
-
-def _option(name: str, value: Any) -> tuple[list[Any], Callable[[Trial], Any]]:
-    """What may be tried for one option: all values, or the ends of a range; and how a trial draws one."""
-    kind = next(str(spec.type) for spec in fields(Config) if spec.name == name)
-    if isinstance(value, dict):
-        return _range(name, value, kind.partition(" | ")[0])
-    listed = isinstance(value, list)
-    if listed and kind.startswith("tuple"):  # an option that is a list itself needs a list of lists
-        listed = any(isinstance(one, list) for one in value)
-    if not listed:
-        return [value], lambda trial: value
-    if not value:
-        raise UsageError(f"{name} needs values to choose from, got []")
-    # Optuna keeps plain values only; Config reads such a text as the list.
-    texts = [",".join(map(str, one)) if isinstance(one, list) else one for one in value]
-    return texts, lambda trial: trial.suggest_categorical(name, texts)
-
-
-def _range(name: str, value: dict[str, Any], kind: str) -> tuple[list[Any], Callable[[Trial], Any]]:
-    words = ("low", "high", "log", "step")
-    for word in value:
-        if word not in words:
-            raise unknown(f"word in the range of {name}", word, words)
-    if kind not in ("int", "float"):
-        raise UsageError(f"{name} has no range; give a list of values to choose from, got {value!r}")
-    number, log = int if kind == "int" else float, value.get("log", False)
-    try:  # as text, because YAML 1.1 reads 1e-4 as one, and because 0.5 must not pass as a whole number
-        low, high = number(str(value["low"])), number(str(value["high"]))
-        step = None if value.get("step") is None else number(str(value["step"]))
-    except (KeyError, ValueError) as error:
-        what = "whole numbers" if kind == "int" else "numbers"
-        raise UsageError(
-            f"the range of {name} needs low and high, which are {what}, got {value!r}"
-        ) from error
-    if not low < high or (step is not None and step <= 0):
-        raise UsageError(f"the range of {name} must have low below high and a step above 0, got {value!r}")
-    if not isinstance(log, bool) or (log and (low <= 0 or step is not None)):
-        raise UsageError(
-            f"log is true or false, and true only above 0 and without a step; change {name}, got {value!r}"
-        )
-    more: dict[str, Any] = {"step": step, "log": log} if step is not None else {"log": log}
-    if kind == "int":
-        return [low, high], lambda trial: trial.suggest_int(name, int(low), int(high), **more)
-    return [low, high], lambda trial: trial.suggest_float(name, low, high, **more)
 
 
 # -- the result --------------------------------------------------------------------------------------------------------
@@ -213,7 +78,7 @@ class Search:
         """The complete trials, best first; of equal ones the earlier."""
         sign = -1.0 if metrics.higher_is_better(self.config.metric) else 1.0
         done = [trial for trial in self.trials if trial.state.name == "COMPLETE"]
-        return sorted(done, key=lambda trial: (sign * _score(trial), trial.number))
+        return sorted(done, key=lambda trial: (sign * score_of(trial), trial.number))
 
     @property
     def best_trial(self) -> FrozenTrial:
@@ -229,7 +94,7 @@ class Search:
     @property
     def best_score(self) -> float:
         """Of the best trial, in the metric of the search."""
-        return _score(self.best_trial)
+        return score_of(self.best_trial)
 
     @property
     def best_config(self) -> Config:
@@ -250,7 +115,7 @@ class Search:
         rows = []
         for trial in [*self.ranked[:count], *others[-count:]]:
             state = trial.state.name.lower()
-            said = f"{_score(trial):.4f}" if state == "complete" else state
+            said = f"{score_of(trial):.4f}" if state == "complete" else state
             rows.append([str(trial.number), said, *(_shown(trial.params.get(name)) for name in names)])
         return ["trial", self.config.metric, *names], rows
 
@@ -272,7 +137,7 @@ class Search:
     def plot(self) -> list[Path]:
         """Write ``history.png``, ``slices.png`` and ``importances.png`` into the folder, as far as there is something to see."""
         written = []
-        for name, draw in (("history", _history), ("slices", _slices), ("importances", _importances)):
+        for name, draw in (("history", history), ("slices", slices), ("importances", importances)):
             figure = draw(self)
             if figure is not None:
                 written.append(self.folder / f"{name}.png")
@@ -285,11 +150,6 @@ class Search:
         lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
         best = f", best {html.escape(self.config.metric)} {self.best_score:.4f}" if self.ranked else ""
         return f"<p>{html.escape(str(self.folder))}: {len(self.trials)} trials{best}</p><table>{''.join(lines)}</table>"
-
-
-def _score(trial: FrozenTrial) -> float:
-    assert trial.value is not None  # of a complete trial
-    return trial.value
 
 
 def _counts(trial: FrozenTrial) -> bool:
@@ -306,7 +166,7 @@ def trial_line(trial: FrozenTrial, metric: str) -> str:
     """A finished trial as one line for a person."""
     params = "  ".join(f"{name} {_shown(value)}" for name, value in trial.params.items())
     if trial.state.name == "COMPLETE":
-        return f"trial {trial.number:>3}  {metric} {_score(trial):.4f}  {params}"
+        return f"trial {trial.number:>3}  {metric} {score_of(trial):.4f}  {params}"
     if trial.state.name == "PRUNED":
         after = f"pruned after {len(trial.intermediate_values)} epochs"
         return f"trial {trial.number:>3}  {after}  {params}"
@@ -487,7 +347,7 @@ def _open_study(folder: Path, about: dict[str, Any], begin: bool = False) -> opt
     direction = "maximize" if metrics.higher_is_better(metric) else "minimize"
     median = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
     pruner = median if about["pruner"] == "median" else optuna.pruners.NopPruner()
-    with _quiet():
+    with quiet():
         try:
             store = optuna.storages.RDBStorage(url, engine_kwargs=engine)
             if not begin:
@@ -508,18 +368,6 @@ def _open_study(folder: Path, about: dict[str, Any], begin: bool = False) -> opt
                 f"the storage cannot be used ({' '.join(str(error).split())[:160]}); give a database URL such as "
                 f"sqlite:////data/study.db, got {url!r}"
             ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Optuna's lines about what it does; its warnings stay."""
-    optuna = require("optuna", "tune")
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 # -- one process -------------------------------------------------------------------------------------------------------
@@ -706,68 +554,3 @@ def _own_device(number: int, workers: int, cfg: Config) -> dict[str, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % count]
     return env
-
-
-# -- plots -------------------------------------------------------------------------------------------------------------
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")  # not pyplot's: no state that others see
-
-
-def _history(search: Search) -> Figure:
-    """Scores in the order of the trials, and the best so far."""
-    done = sorted(search.ranked, key=lambda trial: trial.number)
-    numbers, scores = [trial.number for trial in done], np.array([_score(trial) for trial in done])
-    higher = metrics.higher_is_better(search.config.metric)
-    best = np.maximum.accumulate(scores) if higher else np.minimum.accumulate(scores)
-    figure = _figure(7, 4)
-    axes = figure.subplots()
-    axes.step(numbers, best, where="post", color="tab:red", label="best so far")
-    axes.plot(numbers, scores, "o", color="tab:blue", label="trial")
-    axes.set(xlabel="trial", ylabel=search.config.metric)
-    axes.legend(frameon=False)
-    return figure
-
-
-def _slices(search: Search) -> Figure | None:
-    """The score over each option, one panel each."""
-    done = search.ranked
-    names = list(dict.fromkeys(name for trial in done for name in trial.params))
-    if not names:
-        return None
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = _figure(3.4 * columns, 3 * rows)
-    panels: list[Axes] = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel().tolist()
-    for axes, name in zip(panels, names):
-        shown = [trial for trial in done if name in trial.params]
-        number = hasattr(shown[0].distributions[name], "log")
-        values = [trial.params[name] if number else str(trial.params[name]) for trial in shown]
-        axes.plot(values, [_score(trial) for trial in shown], "o", alpha=0.6, color="tab:blue")
-        axes.set_xlabel(name)
-        if getattr(shown[0].distributions[name], "log", False):
-            axes.set_xscale("log")
-    for axes in panels[len(names) :]:
-        axes.remove()
-    figure.supylabel(search.config.metric)
-    return figure
-
-
-def _importances(search: Search) -> Figure | None:
-    """How much each option matters for the score; None where too few trials tell."""
-    from optuna.importance import get_param_importances
-
-    if len({_score(trial) for trial in search.ranked}) < 2:
-        return None
-    shares = get_param_importances(search.study)
-    if not shares:
-        return None
-    figure = _figure(7, 0.8 + 0.4 * len(shares))
-    axes = figure.subplots()
-    names = list(reversed(shares))
-    axes.barh(names, [shares[name] for name in names], color="tab:blue")
-    axes.set(xlabel=f"share of what makes {search.config.metric} differ")
-    return figure
