@@ -35,10 +35,10 @@ class Replaced:
 
 @dataclass
 class Job:
-    """A batch in the making: ``bases`` (B,) int64, its table, ``images`` (B, H, W, 3) uint8 and, if normalised, ``floats``.
+    """A batch in the making: ``bases`` (B,) int64, its table, and the ``size`` (H, W) of its images.
 
     ``spans`` (see :meth:`fastload.dataset.Dataset.spans`) is where their bytes lie; ``stop`` is the position in the epoch behind
-    its last sample.
+    its last sample. Where the CPU engine makes it, ``images`` (B, H, W, 3) uint8 and, if normalised, ``floats`` are its memory.
     """
 
     epoch: int
@@ -46,8 +46,9 @@ class Job:
     bases: np.ndarray
     spans: list[tuple[np.ndarray, np.ndarray, Spans]]
     table: Table
-    images: np.ndarray
-    floats: np.ndarray | None
+    size: tuple[int, int]
+    images: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+    floats: np.ndarray | None = None
     slices: list[Future[None]] = field(default_factory=list)
     cancelled: bool = False
 
