@@ -157,16 +157,13 @@ def refuse_leaks(
     threads: int | None,
 ) -> None:  # fmt: skip
     """DataError if images of different folds look as if they belong together; a warning where groups were respected."""
-    found = guard(datas, folds, labels=labels, threads=threads)
+    found = guard(datas, folds, labels=labels, threads=threads, paths=group_field is None)
     if not found:
         return
     text = "; ".join(found)
     if group_field is not None:
         warnings.warn(
-            f"groups by {group_field!r} are kept apart, and still: {text}; --groups {group_field}+duplicates keeps look-alikes "
-            "together too",
-            TrainWarning,
-            stacklevel=3,
+            f"groups by {group_field!r} are kept apart, and still {text}", TrainWarning, stacklevel=3
         )
         return
     raise DataError(
