@@ -58,6 +58,8 @@ LAYERS = {
     "beton": 2,
     "codecs": 2,
     "dataset": 3,
+    "exported": 3,
+    "exporter": 3,
     "sources": 3,
     "sources_base": 3,
     "sources_csv": 3,
