@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from fastload import codecs
 from fastload import transforms as T
@@ -299,7 +300,7 @@ class DaliEngine:
 
     def _graph(self, kind: str, gpu: bool) -> Any:
         """Images and numbers to (H, W, 3) uint8: window, resize with flips, pad."""
-        from nvidia.dali import fn, types
+        fn, types = _operators()
 
         images = fn.external_source(
             name="images", batch=True, no_copy=True, dtype=types.UINT8, **_FORMS[kind]
@@ -385,7 +386,7 @@ class DaliEngine:
         try:
             # With a stream DALI makes the stream wait, and not us.
             output = self._pipes[kind].outputs(cuda_stream=stream)[0]
-            made: torch.Tensor = torch.from_dlpack(output.as_tensor())
+            made: torch.Tensor = from_dlpack(output.as_tensor())
         except Exception as error:  # DALI raises errors of all types
             return None, " ".join(str(error).split())[-400:]
         return (self._own(made, output, stream) if stream else made), ""
@@ -514,6 +515,13 @@ class DaliEngine:
 _FORMS: dict[str, dict[str, Any]] = {"jpeg": {"ndim": 1}, "raw": {"ndim": 3, "layout": "HWC"}}
 
 
+def _operators() -> tuple[Any, Any]:
+    """DALI's modules ``fn`` and ``types``, which fill themselves at import."""
+    from nvidia.dali import fn, types
+
+    return fn, types
+
+
 def _plain(info: np.ndarray) -> bool:
     """Baseline, 8 bit, grey or YCbCr in one scan, of at most as many pixels as we decode: what all decoders show alike."""
     components = int(info[jpeg.COMPONENTS])
@@ -550,8 +558,9 @@ def _survives(code: str, seconds: float = _PROBE_SECONDS) -> bool:
 
 def _try_roi_decode(device_id: int | None) -> None:
     """Decode a region and cut it out of the whole image; SystemExit if they differ. May crash."""
-    from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
+
+    fn, types = _operators()
 
     y, x = np.mgrid[:256, :320]
     picture = np.stack([y % 256, x % 256, (y + x) % 256], axis=2).astype(np.uint8)
