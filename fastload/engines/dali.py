@@ -209,7 +209,7 @@ class DaliEngine:
         numbers[:, 4:8] = table.box - np.concatenate([low, low], axis=1)
         for bit, (start, stop) in ((1, (5, 7)), (2, (4, 6))):
             flipped = np.flatnonzero(table.flips & bit)  # DALI mirrors a region that ends before it begins
-            numbers[np.ix_(flipped, (start, stop))] = numbers[np.ix_(flipped, (stop, start))]
+            numbers[flipped, start], numbers[flipped, stop] = numbers[flipped, stop], numbers[flipped, start]
         numbers[:, 8:10] = table.place[:, 2:]
         numbers[:, 10:12] = -table.place[:, :2]
         images: list[Any] = [None] * len(chosen)
@@ -237,8 +237,8 @@ class DaliEngine:
                 images[row] = data
                 numbers[row, :2] = y0 - top, x0 - left
         parts = {}
-        for kind, rows in (("jpeg", chosen & ~is_raw), ("raw", chosen & is_raw)):
-            rows = np.flatnonzero(rows)
+        for kind, which in (("jpeg", chosen & ~is_raw), ("raw", chosen & is_raw)):
+            rows = np.flatnonzero(which)
             if rows.size:
                 parts[kind] = _Part(rows, [images[row] for row in rows], np.ascontiguousarray(numbers[rows]))
         return parts
