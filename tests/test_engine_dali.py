@@ -423,7 +423,7 @@ def test_images_for_the_cpu_engine_are_found_by_their_header(odd, picture, tmp_p
 def test_a_failure_without_a_reason_is_said_and_then_an_error(small, make, monkeypatch):
     ds, plan = dataset.open(small), Plan(T.train(32)[:2])
     engine = make(ds, plan, batch_size=5)
-    monkeypatch.setattr(engine, "_output", lambda kind: (None, "no idea"))
+    monkeypatch.setattr(engine, "_output", lambda kind, part: (None, "no idea"))
     found = batches(engine, ds, plan, 5, ahead=0)
     for _ in range(2):
         with pytest.warns(UserWarning, match="DALI failed at a batch.*no idea"):
@@ -441,13 +441,13 @@ def test_after_an_interrupted_collect_the_next_batches_are_right(small, make, mo
         bases = ds.indices[start : start + 4]
         engine.submit(bases, ds.spans(bases), draw(ds, plan, bases))
 
-    def interrupted(kind):
+    def interrupted(kind, part):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "_output", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.collect()
-    monkeypatch.setattr(engine, "_output", lambda kind: real(engine, kind))
+    monkeypatch.setattr(engine, "_output", lambda kind, part: real(engine, kind, part))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is the fault of the batch that comes next
         assert all(torch.equal(engine.collect(), images) for images in expected[1:])

@@ -123,7 +123,7 @@ class DaliEngine:
         # A pipeline for each kind of image that was met; None: it has stopped, and what was submitted is still to be run.
         self._pipes: dict[str, Any] = {}
         self._pending: deque[_Pending] = deque()
-        # DALI's memory on the GPU, and the event behind its copy.
+        # What DALI reads and writes for a batch on the GPU, and the event behind its copy.
         self._copied: deque[tuple[Any, Any]] = deque()
         self._allocate = allocate
         self._failures = 0
@@ -363,14 +363,14 @@ class DaliEngine:
 
     def _receive(self, kind: str, pending: _Pending, part: _Part) -> torch.Tensor | None:
         """What a pipeline makes of its part of the oldest batch; None if it cannot, and the CPU engine did it."""
-        made, reason = self._output(kind)
+        made, _ = self._output(kind, part)
         if made is not None:
             return made
         # A pipeline that has stopped says nothing of the batches before or behind the one at which it did: this one alone.
         self._pipes[kind] = None  # threads and memory of the old one go before those of a new one come
         self._pipes[kind] = self._build(kind)
         self._feed(kind, part)
-        made, reason = self._output(kind)
+        made, reason = self._output(kind, part)
         if made is None:
             self._pipes[kind] = None
             self._by_cpu(pending, part, reason)
@@ -380,7 +380,7 @@ class DaliEngine:
                 self._feed(kind, later.parts[kind])
         return made
 
-    def _output(self, kind: str) -> tuple[torch.Tensor | None, str]:
+    def _output(self, kind: str, part: _Part) -> tuple[torch.Tensor | None, str]:
         """The next output of a pipeline, (k, H, W, 3) uint8, or None and what DALI says."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         if self._pipes[kind] is None:
@@ -391,16 +391,16 @@ class DaliEngine:
             made: torch.Tensor = from_dlpack(output.as_tensor())
         except Exception as error:  # DALI raises errors of all types
             return None, " ".join(str(error).split())[-400:]
-        return (self._own(made, output, stream) if stream else made), ""
+        return (self._own(made, (output, part), stream) if stream else made), ""
 
-    def _own(self, made: torch.Tensor, output: Any, stream: Any) -> torch.Tensor:
+    def _own(self, made: torch.Tensor, in_use: Any, stream: Any) -> torch.Tensor:
         """A copy in torch's memory: DALI gives its own to the next batch without asking the consumer's stream."""
         while self._copied and self._copied[0][1].query():
             self._copied.popleft()
         copy = made.clone()
         event = torch.cuda.Event()
         event.record(stream)
-        self._copied.append((output, event))
+        self._copied.append((in_use, event))
         return copy
 
     def _by_cpu(self, pending: _Pending, part: _Part, reason: str) -> None:
@@ -441,8 +441,8 @@ class DaliEngine:
             for _, _, future in pending.own:
                 if future is not None:
                     future.cancel()
-            for kind in pending.parts:
-                if self._output(kind)[0] is None:
+            for kind, part in pending.parts.items():
+                if self._output(kind, part)[0] is None:
                     self._pipes.pop(kind)  # it is built anew when it is needed
                     for later in self._pending:
                         later.parts.pop(kind, None)
