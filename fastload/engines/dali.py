@@ -148,12 +148,13 @@ class DaliEngine:
         pending.parts = self._cut(spans, table, by_dali)
         for row in np.flatnonzero(~by_dali).tolist():
             self._make(pending, row)
-        for kind, part in pending.parts.items():
+        for kind in pending.parts:
             stopped = kind in self._pipes and self._pipes[kind] is None
             if kind not in self._pipes or (stopped and not self._pending):
                 self._pipes[kind] = self._build(kind)
+        self._pending.append(pending)  # before it is fed: no pipeline makes what collect() does not know of
+        for kind, part in pending.parts.items():
             self._feed(kind, part)
-        self._pending.append(pending)
 
     def _executor(self, bases: np.ndarray, table: Table) -> Repair:
         def execute(row: int, out: np.ndarray) -> None:
@@ -256,6 +257,9 @@ class DaliEngine:
             pipe.schedule_run()
         except Exception:  # DALI raises errors of all types
             self._pipes[kind] = None
+        except BaseException:  # Ctrl-C, perhaps between images and numbers
+            self._pipes[kind] = None
+            raise
 
     # -- the pipeline ----------------------------------------------------------------------------------------------
 
