@@ -12,16 +12,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastload.batch import Batch, Buffers
+from fastload.choose import Choice, choose
 from fastload.dataset import Dataset
 from fastload.dataset import open as open_dataset
 from fastload.draws import Plan
-from fastload.engines.cpu import Engine, Sources, check_uniform
+from fastload.engines.cpu import EXACT, Engine, Sources, check_uniform
 from fastload.engines.profiled import ProfiledEngine
 from fastload.errors import DataError, UsageError, unknown
 from fastload.finish import Finisher
@@ -36,7 +38,7 @@ __all__ = ["Batch", "Loader", "Replaced"]
 
 _MOST_CLASSES = 1_000_000
 _PASSES = 5  # of a profile
-ENGINES = ("cpu", "dali")
+ENGINES = ("cpu", "dali", "auto")
 _DTYPES = {
     "uint8": torch.uint8,
     "float32": torch.float32,
@@ -64,7 +66,7 @@ class Loader:
             lists it in ``errors``.
         prefetch: batches prepared ahead.
         engine: "cpu"; "dali" (needs ``fastload[dali]``; its pixels are within the tolerance that
-            :mod:`fastload.engines.dali` states).
+            :mod:`fastload.engines.dali` states); "auto" measures both for a second and takes the faster (``choice`` says why).
         decode: "fast" or "exact" (see :mod:`fastload.engines.cpu`).
         pin_threads: keep each thread on a core of its own, which can help where cores have memory of their own (NUMA).
 
@@ -105,6 +107,10 @@ class Loader:
         self.drop_last = bool(drop_last)
         if on_error not in ("raise", "replace"):
             raise UsageError(f"on_error must be 'raise' or 'replace', got {on_error!r}")
+        if engine == "cuda":
+            raise UsageError(
+                "engine 'cuda' is not part of this release; use engine='cpu' or 'dali' with device='cuda', got 'cuda'"
+            )
         if engine not in ENGINES:
             raise unknown("engine", engine, ENGINES)
         if not len(self.dataset):
@@ -133,7 +139,25 @@ class Loader:
         repeats = self._indices is not None and len(np.unique(self._indices)) < len(self._indices)
         self._repeats = weights is not None or repeats
         self._fields = self._check_fields(fields)
-        engine_of_threads = Engine(self.dataset, self.plan, decode)
+        self.choice: Choice | None = None
+        if engine == "auto":
+            options = {
+                "batch_size": batch_size, "transforms": transforms, "shuffle": shuffle, "seed": seed, "threads": threads,
+                "weights": weights, "fields": ("index", self.dataset.image_field), "device": device, "dtype": dtype,
+                "on_error": on_error, "prefetch": prefetch, "decode": decode, "pin_threads": pin_threads,
+            }  # fmt: skip
+            if self.plan.mixers:  # they change labels, which must then be there
+                options["fields"] = ("index", self.dataset.image_field, "label")
+            self.choice = choose(
+                {
+                    name: partial(Loader, self.dataset, engine=name, **options)
+                    for name in ENGINES
+                    if name != "auto"
+                }
+            )
+            engine = self.choice.name
+        # DALI decodes as "exact" does, and so must whatever it leaves to the CPU.
+        engine_of_threads = Engine(self.dataset, self.plan, EXACT if engine == "dali" else decode)
         self._decode, self._replace = decode, on_error == "replace"
         if pin_threads and not hasattr(os, "sched_setaffinity"):
             raise UsageError(

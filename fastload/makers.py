@@ -43,7 +43,13 @@ class CpuMaker:
     """The CPU engine on a pool of threads, a slice of a batch at a time."""
 
     def __init__(
-        self, filler: Filler, finisher: Finisher, buffers: Buffers, threads: int, prefetch: int, pin: Callable[[], None] | None
+        self,
+        filler: Filler,
+        finisher: Finisher,
+        buffers: Buffers,
+        threads: int,
+        prefetch: int,
+        pin: Callable[[], None] | None,
     ) -> None:
         self._filler, self._finisher, self._buffers = filler, finisher, buffers
         self._threads, self._pin = threads, pin
@@ -58,12 +64,15 @@ class CpuMaker:
 
     def begin(self, job: Job) -> None:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="fastload", initializer=self._pin)
+            self._pool = ThreadPoolExecutor(
+                self._threads, thread_name_prefix="fastload", initializer=self._pin
+            )
         self.allocate(job)
         count = len(job.bases)
         step = -(-count // min(count, self._slices))
         job.slices = [
-            self._pool.submit(self._filler.fill, job, at, min(at + step, count)) for at in range(0, count, step)
+            self._pool.submit(self._filler.fill, job, at, min(at + step, count))
+            for at in range(0, count, step)
         ]
 
     def end(self, job: Job) -> torch.Tensor:

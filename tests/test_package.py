@@ -72,6 +72,7 @@ LAYERS = {
     "batch": 4,
     "finish": 5,
     "jobs": 5,
+    "choose": 5,
     "makers": 5,
     "loader": 5,
     "plan": 6,  # measures what a conversion would give with the real loader
