@@ -187,11 +187,10 @@ def _engines(
         "cure": usable if gpu["devices"] else gpu["cure"],
     }
     installed = packages["nvidia-dali-cuda130"]["works"]
-    dali = {
-        "works": False,
-        "why": f"the DALI engine is not part of this release (DALI itself is {'' if installed else 'not '}installed)",
-        "cure": "use engine='cpu'",
-    }
+    dali: dict[str, Any] = {"works": bool(installed) and cpu["works"]}
+    if not dali["works"]:
+        dali["why"] = "it needs the CPU engine" if installed else "NVIDIA DALI is not installed"
+        dali["cure"] = "pip install 'fastload[dali]' (Linux), or use engine='cpu'"
     return {"cpu": cpu, "cuda": cuda, "dali": dali}
 
 

@@ -35,10 +35,10 @@ class Replaced:
 
 @dataclass
 class Job:
-    """A batch in the making: ``bases`` (B,) int64, its table, ``images`` (B, H, W, 3) uint8 and, if normalised, ``floats``.
+    """A batch in the making: ``bases`` (B,) int64, its table, and the ``size`` (H, W) of its images.
 
     ``spans`` (see :meth:`fastload.dataset.Dataset.spans`) is where their bytes lie; ``stop`` is the position in the epoch behind
-    its last sample.
+    its last sample. Where the CPU engine makes it, ``images`` (B, H, W, 3) uint8 and, if normalised, ``floats`` are its memory.
     """
 
     epoch: int
@@ -46,8 +46,9 @@ class Job:
     bases: np.ndarray
     spans: list[tuple[np.ndarray, np.ndarray, Spans]]
     table: Table
-    images: np.ndarray
-    floats: np.ndarray | None
+    size: tuple[int, int]
+    images: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+    floats: np.ndarray | None = None
     slices: list[Future[None]] = field(default_factory=list)
     cancelled: bool = False
 
@@ -72,27 +73,34 @@ class Filler:
         for row in map(int, rows):
             if job.cancelled:
                 return
-            base = int(job.bases[row])
-            try:
-                self._engine.execute(base, job.table, row, job.images[row], bool(made[row - start]))
-            except CorruptError as error:
-                reader, at = self._dataset.locate_base(base)
-                error.at(base, reader.name(at), reader.name(at, "source"))
-                if not self._replace:
-                    raise
-                self._substitute(job, row, error)
-            except FastloadError:
-                raise
-            except Exception as error:
-                # A user's PerImage, or a bug: say at which sample, without hiding what it was.
-                if hasattr(error, "add_note"):
-                    reader, at = self._dataset.locate_base(base)
-                    error.add_note(f"while loading sample {base}, id {reader.name(at)!r}")
-                raise
+            self.execute(job, row, job.images[row], bool(made[row - start]))
             if job.floats is not None:
                 self._engine.normalise(job.images[row], job.floats[row])
 
-    def _substitute(self, job: Job, row: int, error: CorruptError) -> None:
+    def execute(self, job: Job, row: int, out: np.ndarray, made: bool = False) -> None:
+        """Fill ``out`` (H, W, 3) uint8 with one row of a job, or with a substitute, whose number the job then bears.
+
+        ``made``: its pixels are there, and functions of the user are left. Raises what the sample does, with its name.
+        """
+        base = int(job.bases[row])
+        try:
+            self._engine.execute(base, job.table, row, out, made)
+        except CorruptError as error:
+            reader, at = self._dataset.locate_base(base)
+            error.at(base, reader.name(at), reader.name(at, "source"))
+            if not self._replace:
+                raise
+            self._substitute(job, row, out, error)
+        except FastloadError:
+            raise
+        except Exception as error:
+            # A user's PerImage, or a bug: say at which sample, without hiding what it was.
+            if hasattr(error, "add_note"):
+                reader, at = self._dataset.locate_base(base)
+                error.add_note(f"while loading sample {base}, id {reader.name(at)!r}")
+            raise
+
+    def _substitute(self, job: Job, row: int, out: np.ndarray, error: CorruptError) -> None:
         """Put another sample in the place of a corrupt one: which one depends on the seed and the sample only."""
         dataset, base = self._dataset, int(job.bases[row])
         u = rng.uniforms(self._seed, 0, np.array([base], np.uint64), _STREAM_REPLACE, _ATTEMPTS)[0]
@@ -106,7 +114,7 @@ class Filler:
                 table = self._plan.draw(
                     self._seed, job.epoch, np.array([other]), size["height"], size["width"]
                 )
-                self._engine.execute(other, table, 0, job.images[row])
+                self._engine.execute(other, table, 0, out)
             except CorruptError:
                 continue
             job.bases[row] = other

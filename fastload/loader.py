@@ -12,21 +12,23 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastload.batch import Batch, Buffers
+from fastload.choose import Choice, choose
 from fastload.dataset import Dataset
 from fastload.dataset import open as open_dataset
 from fastload.draws import Plan
-from fastload.engines.cpu import Engine, Sources, check_uniform
+from fastload.engines.cpu import EXACT, Engine, Sources, check_uniform
 from fastload.engines.profiled import ProfiledEngine
 from fastload.errors import DataError, UsageError, unknown
 from fastload.finish import Finisher
 from fastload.jobs import Filler, Job, Replaced
+from fastload.makers import CpuMaker, EngineMaker, Maker
 from fastload.order import Order, balanced_weights
 from fastload.stages import COPY, DRAW, MIX, NORMALISE, Clock, Stage, summarise
 from fastload.system import pinner, ram_bytes, read_ahead, usable_cores
@@ -36,7 +38,7 @@ __all__ = ["Batch", "Loader", "Replaced"]
 
 _MOST_CLASSES = 1_000_000
 _PASSES = 5  # of a profile
-_SLICES_PER_THREAD = 3  # of all batches that are made at once, so that one large image holds one thread only
+ENGINES = ("cpu", "dali", "auto")
 _DTYPES = {
     "uint8": torch.uint8,
     "float32": torch.float32,
@@ -63,7 +65,8 @@ class Loader:
         on_error: "raise" stops at a corrupt sample; "replace" puts another in its place, the same in every run, and
             lists it in ``errors``.
         prefetch: batches prepared ahead.
-        engine: "cpu".
+        engine: "cpu"; "dali" (needs ``fastload[dali]``; its pixels are within the tolerance that
+            :mod:`fastload.engines.dali` states); "auto" measures both for a second and takes the faster (``choice`` says why).
         decode: "fast" or "exact" (see :mod:`fastload.engines.cpu`).
         pin_threads: keep each thread on a core of its own, which can help where cores have memory of their own (NUMA).
 
@@ -104,12 +107,12 @@ class Loader:
         self.drop_last = bool(drop_last)
         if on_error not in ("raise", "replace"):
             raise UsageError(f"on_error must be 'raise' or 'replace', got {on_error!r}")
-        if engine != "cpu":
-            if engine in ("cuda", "dali"):
-                raise UsageError(
-                    f"engine {engine!r} is not part of this release; use engine='cpu' with device='cuda'"
-                )
-            raise unknown("engine", engine, ["cpu"])
+        if engine == "cuda":
+            raise UsageError(
+                "engine 'cuda' is not part of this release; use engine='cpu' or 'dali' with device='cuda', got 'cuda'"
+            )
+        if engine not in ENGINES:
+            raise unknown("engine", engine, ENGINES)
         if not len(self.dataset):
             raise DataError(
                 f"{self.dataset.path} has no samples to load (after indices); nothing to iterate over"
@@ -136,7 +139,25 @@ class Loader:
         repeats = self._indices is not None and len(np.unique(self._indices)) < len(self._indices)
         self._repeats = weights is not None or repeats
         self._fields = self._check_fields(fields)
-        engine_of_threads = Engine(self.dataset, self.plan, decode)
+        self.choice: Choice | None = None
+        if engine == "auto":
+            options = {
+                "batch_size": batch_size, "transforms": transforms, "shuffle": shuffle, "seed": seed, "threads": threads,
+                "weights": weights, "fields": ("index", self.dataset.image_field), "device": device, "dtype": dtype,
+                "on_error": on_error, "prefetch": prefetch, "decode": decode, "pin_threads": pin_threads,
+            }  # fmt: skip
+            if self.plan.mixers:  # they change labels, which must then be there
+                options["fields"] = ("index", self.dataset.image_field, "label")
+            self.choice = choose(
+                {
+                    name: partial(Loader, self.dataset, engine=name, **options)
+                    for name in ENGINES
+                    if name != "auto"
+                }
+            )
+            engine = self.choice.name
+        # DALI decodes as "exact" does, and so must whatever it leaves to the CPU.
+        engine_of_threads = Engine(self.dataset, self.plan, EXACT if engine == "dali" else decode)
         self._decode, self._replace = decode, on_error == "replace"
         if pin_threads and not hasattr(os, "sched_setaffinity"):
             raise UsageError(
@@ -148,6 +169,7 @@ class Loader:
         )  # to stay in the page cache from epoch to epoch
         self._read_ahead = True
         self._filler = Filler(self.dataset, self.plan, seed, engine_of_threads, self._replace)
+        self.engine = engine
         try:
             self.device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
@@ -163,6 +185,9 @@ class Loader:
         self._finisher = Finisher(
             self.dataset, self.plan, self._fields, self.dtype, self.device, self._buffers, classes
         )
+        self._engine = None if engine == "cpu" else EngineMaker(self._build_engine, self._filler)
+        if self._engine is not None:
+            _ = self._engine.engine  # what it lacks is said here, not in the middle of a training
         self.epoch = 0
         self._position = 0  # samples of this rank that were handed out in `epoch`
         self._started = False
@@ -253,20 +278,25 @@ class Loader:
 
     def _run(self, epoch: int, start: int, turn: int) -> Iterator[Any]:
         starts = iter(range(start, self.num_samples, self.batch_size))
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="fastload", initializer=self._pin)
         jobs: deque[Job] = deque()
+        maker = self._maker()
         try:
             for at in starts:
-                jobs.append(self._submit(pool, epoch, at))
+                jobs.append(self._begin(maker, epoch, at))
                 if len(jobs) > self.prefetch:
                     break
             while jobs and not self._closed:
+                if self._engine is not None and self._turn != turn:
+                    raise UsageError(
+                        f"another iteration of this loader has begun, and engine {self.engine!r} makes one at a time; "
+                        "use a loader for each, or engine='cpu'"
+                    )
                 begun = time.perf_counter()
                 job = jobs.popleft()
-                batch = self._collect(job)
+                batch = self._finisher.batch(job, maker.end(job))
                 following = next(starts, None)
                 if following is not None:
-                    jobs.append(self._submit(pool, epoch, following))
+                    jobs.append(self._begin(maker, epoch, following))
                 if self._turn == turn:  # an older iterator no longer says where the loader is
                     self._position = job.stop
                 self._stats["wait_s"] += time.perf_counter() - begun
@@ -277,28 +307,45 @@ class Loader:
                 del batch  # the consumer may let go of it while the next one is being made
             self._read_ahead = self._too_large  # else the whole file was just read
         finally:
-            for job in jobs:
-                job.cancelled = True
-            pool.shutdown(wait=True, cancel_futures=True)
+            if self._engine is None or self._turn == turn:  # else what it holds is the later iteration's
+                maker.stop(jobs)
 
     def close(self) -> None:
         """Free the buffers, and the file if this loader opened it; a running iterator ends at its next step."""
         self._closed = True
+        if self._engine is not None:
+            self._engine.close()
         self._buffers.clear()
         if self._owned:
             self.dataset.close()
 
-    def _submit(self, pool: ThreadPoolExecutor, epoch: int, start: int) -> Job:
+    def _maker(self) -> Maker:
+        """Who makes the pixels of an iteration."""
+        if self._engine is None:
+            return CpuMaker(
+                self._filler, self._finisher, self._buffers, self.threads, self.prefetch, self._pin
+            )
+        self._engine.stop(())  # what an iteration that was left has begun
+        return self._engine
+
+    def _build_engine(self) -> Any:
+        """The engine by its name, with the options of this loader."""
+        from fastload.engines.dali import DaliEngine
+
+        cuda = self.device is not None and self.device.type == "cuda"
+        return DaliEngine(
+            self.dataset, self.plan, batch_size=self.batch_size, threads=self.threads,
+            device_id=(self.device.index or 0) if self.device is not None and cuda else None, prefetch=self.prefetch,
+            dtype=self.dtype, allocate=self._buffers.take if not cuda else np.empty,
+        )  # fmt: skip
+
+    def _begin(self, maker: Maker, epoch: int, start: int) -> Job:
         job = self._draw(epoch, start, min(start + self.batch_size, self.num_samples))
-        count = len(job.bases)
-        step = -(-count // min(count, max(1, -(-_SLICES_PER_THREAD * self.threads // (self.prefetch + 1)))))
-        job.slices = [
-            pool.submit(self._filler.fill, job, at, min(at + step, count)) for at in range(0, count, step)
-        ]
+        maker.begin(job)
         return job
 
     def _draw(self, epoch: int, start: int, stop: int) -> Job:
-        """The samples at positions [start, stop) of an epoch, what is to be done to them, and memory for it."""
+        """The samples at positions [start, stop) of an epoch, and what is to be done to them."""
         chosen = self._order.take(epoch, start, stop)
         bases = np.array(chosen if self._indices is None else self._indices[chosen], np.int64)
         spans = self.dataset.spans(bases)
@@ -314,16 +361,7 @@ class Loader:
             size = self.plan.size
         else:
             size = (int(heights[0]), int(widths[0]))
-        images = self._buffers.take((len(bases), *size, 3), np.uint8)
-        floats = self._buffers.take(images.shape, np.float32) if self._finisher.wants_floats else None
-        return Job(epoch, stop, bases, spans, table, images, floats)
-
-    def _collect(self, job: Job) -> Any:
-        for part in job.slices:
-            part.result()
-        job.slices = []
-        finisher = self._finisher
-        return finisher.batch(job, finisher.convert(finisher.copy(finisher.mix(job))))
+        return Job(epoch, stop, bases, spans, table, size)
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
@@ -359,6 +397,7 @@ class Loader:
     def _timed_batch(self, start: int, rows: int, filler: Filler, clock: Clock) -> Any:
         """The batch that the threads would make, made here; what the engine does not mark is marked here."""
         job = self._draw(self.epoch, start, start + rows)
+        CpuMaker(self._filler, self._finisher, self._buffers, 1, 1, None).allocate(job)
         clock.mark(DRAW)
         filler.fill(job, 0, rows)
         clock.skip()

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from fastload.errors import DataError, UsageError
+from fastload.exported import read_manifest
 from fastload.sources_base import Sample, Source, SourceOptions, Tick
 from fastload.sources_csv import CsvSource
 from fastload.sources_folder import FolderSource
@@ -83,7 +84,10 @@ def _from_object(src: Any, options: SourceOptions) -> Source:
 
 
 def _shards(folder: Path) -> list[str]:
-    """The tar files of a folder that holds nothing else."""
+    """The tar files of a folder that holds nothing else, or that ``fastload export`` wrote."""
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.shards:
+        return [str(folder / name) for name in manifest.shards]
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastload.errors import DataError, UsageError, unknown
+from fastload.exported import Spec, make_columns, manifest_for
 from fastload.sources_base import (
     Column,
     Names,
@@ -58,7 +59,10 @@ _PROBED = 20  # rows that are looked at to find the column of paths
 
 
 class CsvSource(Source):
-    """A CSV (or TSV) file with a header. Relative paths are relative to ``root``, which is the file's own folder if not given."""
+    """A CSV (or TSV) file with a header. Relative paths are relative to ``root``, which is the file's own folder if not given.
+
+    The ``labels.csv`` that ``fastload export`` wrote has a ``dataset.json`` beside it, which says what its columns are.
+    """
 
     def __init__(self, path: str | os.PathLike[str], options: SourceOptions, tick: Tick = quiet) -> None:
         super().__init__(kind="csv")
@@ -78,8 +82,18 @@ class CsvSource(Source):
         for i, name in enumerate(self._paths):
             if not name.strip():
                 self.errors.setdefault(i, f"line {self._lines[i]} of {self.path.name} names no image")
-        self._id = self._names_of(options)
-        self._make_columns(options)
+        self._source: Callable[[int], str] = self._name
+        self._boxes: tuple[str, str, str, str] | None = None
+        manifest = manifest_for([self.path], options)
+        keys = {"id", "source"} | {spec.key for spec in manifest.specs} if manifest is not None else set()
+        if manifest is not None and keys <= self._cells.keys():
+            self._id: Callable[[int], str] = self._cells["id"].text
+            self._source = self._cells["source"].text
+            self.columns = make_columns(manifest, self._exported_value, options, self.errors)
+            self._by_title = self._typed([title for title in self._cells if title not in keys], [], options)
+        else:
+            self._id = self._names_of(options)
+            self._make_columns(options)
         self._sizes = array("Q", (_size(self._file(i)) for i in range(self._count)))
         check_unique(
             self._id,
@@ -202,14 +216,8 @@ class CsvSource(Source):
                 regex_columns(lambda: (self._name(i) for i in range(self._count)), options, self.errors)
             )
         used = {labels[0]} if labels else set()
-        used.update(title for title, texts in self._cells.items() if texts is self._paths)
         used.update([options.id_column] if options.id_column else [])
-        rest = [title for title in self._cells if title not in used]
-        by_title: dict[str, Column] = {}
-        for title, name in zip(rest, field_names(rest, (c.field.name for c in self.columns))):
-            make = label_column if title in labels else typed_of
-            by_title[title] = make(name, title, self._cells[title], options, self.errors)
-        self.columns.extend(by_title.values())
+        by_title = self._typed([title for title in self._cells if title not in used], labels, options)
         self._boxes = options.crop_box
         self._by_title = by_title
         if self._boxes is not None:
@@ -220,6 +228,19 @@ class CsvSource(Source):
                         f"crop box column {name!r} of {self.path} must hold numbers; correct its rows"
                     )
 
+    def _typed(self, titles: list[str], labels: list[str], options: SourceOptions) -> dict[str, Column]:
+        """Add a column for each of these but the paths: numbers or text, classes where it is one of ``labels``."""
+        rest = [title for title in titles if self._cells[title] is not self._paths]
+        by_title: dict[str, Column] = {}
+        for title, name in zip(rest, field_names(rest, (c.field.name for c in self.columns))):
+            make = label_column if title in labels else typed_of
+            by_title[title] = make(name, title, self._cells[title], options, self.errors)
+        self.columns.extend(by_title.values())
+        return by_title
+
+    def _exported_value(self, i: int, spec: Spec) -> Any:
+        return spec.from_cell(self._cells[spec.key].text(i))
+
     def __len__(self) -> int:
         return self._count
 
@@ -229,8 +250,10 @@ class CsvSource(Source):
         if self._boxes is not None and box is None and error is None:
             error = f"line {self._lines[i]} has no complete crop box"
         path = self._file(i)
+        values = self.values(i)  # may find out what is wrong
+        error = error or self.errors.get(i)
         return Sample(
-            self._id(i), self._name(i), self.values(i), lambda: read_bytes(path), self._sizes[i], box, error
+            self._id(i), self._source(i), values, lambda: read_bytes(path), self._sizes[i], box, error
         )
 
     def digest(self, into: Any) -> None:

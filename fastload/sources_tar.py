@@ -23,6 +23,7 @@ from typing import Any
 
 from fastload.beton import Field
 from fastload.errors import DataError, UsageError
+from fastload.exported import Spec, make_columns, manifest_for
 from fastload.sources_base import (
     Column,
     Names,
@@ -104,7 +105,8 @@ class TarSource(Source):
     """Samples of one or more shards, in the order of the shards and of the files in them.
 
     ``cls`` becomes the int field ``label``; ``json`` is kept as a json field, and ``labels`` names keys of it to be used as labels;
-    ``txt`` is kept as bytes. ``shard_ids`` puts the shard's name before each key, for shards that count from zero each.
+    ``txt`` is kept as bytes. ``shard_ids`` puts the shard's name before each key, for shards that count from zero each. Shards that
+    ``fastload export`` wrote have a ``dataset.json`` beside them: then ids, sources, fields and class names are those of the dataset.
     """
 
     def __init__(self, paths: Sequence[str], options: SourceOptions, tick: Tick = quiet) -> None:
@@ -121,13 +123,18 @@ class TarSource(Source):
         self._prefix = options.shard_ids
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
+        self._exported = manifest_for(self.paths, options)
+        self._last: tuple[int, dict[str, Any]] = (-1, {})
         for n, path in enumerate(self.paths):
             self._scan(n, path)
         if not len(self):
             raise DataError(
                 f"{self._shown()} holds no images; WebDataset shards hold files like 000001.jpg and 000001.cls"
             )
-        self._make_columns(options)
+        if self._exported is not None:
+            self.columns = make_columns(self._exported, self._exported_value, options, self.errors)
+        else:
+            self._make_columns(options)
         check_unique(
             self._id,
             len(self),
@@ -267,6 +274,22 @@ class TarSource(Source):
             self.errors.setdefault(i, f"its .json cannot be read ({error})")
             return None
 
+    def _record(self, i: int) -> dict[str, Any]:
+        """The .json of a sample of an exported shard; empty for a broken one. The last one is kept: it has all of the fields."""
+        if self._last[0] != i:
+            record = self._json(i)
+            if not isinstance(record, dict):
+                self.errors.setdefault(i, "it has no .json with its fields, as dataset.json says")
+                record = {}
+            self._last = (i, record)
+        return self._last[1]
+
+    def _exported_value(self, i: int, spec: Spec) -> Any:
+        record = self._record(i)
+        if spec.key not in record:
+            raise DataError(f"its .json has no {spec.key!r}, which dataset.json lists")
+        return record[spec.key]
+
     def _part(self, i: int, part: str) -> bytes:
         """The bytes of one part of sample ``i``; empty where the sample has no such part. Safe from several threads."""
         offsets, sizes = self._places[part]
@@ -297,6 +320,8 @@ class TarSource(Source):
 
     def _id(self, i: int) -> str:
         key = self._keys.text(i)
+        if self._exported is not None:
+            key = str(self._record(i).get("id", key))
         return f"{self._shard_name(i)}/{key}" if self._prefix else key
 
     def _shard_name(self, i: int) -> str:
@@ -314,6 +339,8 @@ class TarSource(Source):
     def sample(self, i: int) -> Sample:
         size = self._places["image"][1][i]
         source = f"{readable(os.fsencode(self.paths[self._shards[i]].name))}/{self._name(i)}"
+        if self._exported is not None:
+            source = str(self._record(i).get("source", source))
         values = self.values(i)  # reads the .json, which may be found broken here
         return Sample(self._id(i), source, values, lambda: self._image(i), size, error=self.errors.get(i))
 

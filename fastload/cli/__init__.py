@@ -34,7 +34,7 @@ COMMANDS = {
     "tune": "Search options with Optuna.",
     "predict": "Class probabilities or a submission file of trained runs.",
     "report": "One HTML page about one or several runs.",
-    "export": "A trained run as ONNX and torch.export.",
+    "export": "A dataset as tar shards or a folder; a trained run as ONNX and torch.export.",
     "compete": "Check, folds, test-time augmentation, ensemble, submission and page in one command.",
 }
 

@@ -1,0 +1,74 @@
+"""``Loader(engine="auto")``: which engine makes this file's batches fastest on this machine, found by letting each make some.
+
+The trade-off: about a second for each engine that could do it, once for each loader; on a machine that is busy with something
+else the answer is of that moment.
+
+>>> choose({"cpu": make_cpu_loader, "dali": make_dali_loader}).name
+'cpu'
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastload.errors import UsageError
+
+SECONDS = 0.7  # of measuring, for each engine
+ROUNDS = 3  # turns that they take
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest engine, images/s of each that was measured (the best of its turns), and why the others were not."""
+
+    name: str
+    rates: dict[str, float]
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{name} {rate:,.0f} images/s" for name, rate in self.rates.items())
+        out = "".join(f"; {name} not measured: {why}" for name, why in self.left_out.items())
+        return f"engine {self.name!r} is the fastest here ({said}{out})"
+
+
+def choose(loaders: Mapping[str, Callable[[], Any]]) -> Choice:
+    """Measure each engine's loader, taking turns, and close them. UsageError if none can be made.
+
+    ``loaders`` make iterables of batches by engine name; one that raises UsageError is left out, with its reason.
+    """
+    made, left_out = {}, {}
+    for name, make in loaders.items():
+        try:
+            made[name] = make()
+        except UsageError as error:
+            left_out[name] = str(error)
+    if not made:
+        raise UsageError(f"no engine can make these batches: {'; '.join(left_out.values())}")
+    rates = dict.fromkeys(made, 0.0)
+    try:
+        if len(made) > 1:
+            for _ in range(ROUNDS):
+                for name, loader in made.items():
+                    rates[name] = max(rates[name], _rate(loader, SECONDS / ROUNDS))
+    finally:
+        for loader in made.values():
+            loader.close()
+    return Choice(max(rates, key=lambda name: rates[name]), rates, left_out)
+
+
+def _rate(loader: Any, seconds: float) -> float:
+    """Images per second from the second batch on; the first one has the start in it."""
+    images, begun = 0, 0.0
+    for batch in loader:
+        now = time.perf_counter()
+        if begun == 0.0:
+            begun = now
+            continue
+        images += len(batch.index)
+        if now - begun > seconds:
+            break
+    took = time.perf_counter() - begun
+    return images / took if images else 1e-9  # a single batch says nothing of speed

@@ -1,0 +1,164 @@
+"""Engines that take whole batches, through the Loader: the same batches, state, order and errors as with the CPU engine."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_beton
+
+import fastload
+from fastload import transforms as T
+from fastload.choose import Choice, choose
+from fastload.errors import CorruptError, UsageError
+
+PIPELINES = {
+    "train": (T.RandomResizedCrop(32), T.HorizontalFlip(), T.Normalize()),
+    "bytes": (T.Resize(40), T.CenterCrop(32)),
+    "mixed": (T.RandomResizedCrop(32), T.Mixup(0.4), T.CutMix(1.0)),
+    "erased": (T.Resize(32), T.RandomCrop(32, padding=4), T.RandomErasing(1.0), T.Normalize()),
+}
+
+
+@pytest.fixture(scope="module")
+def dali():
+    return pytest.importorskip(
+        "nvidia.dali", reason="NVIDIA DALI is not installed: pip install 'fastload[dali]'"
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_beton(tmp_path_factory.mktemp("d") / "d.beton", 43, store="mixed")
+
+
+def batches(path, engine, pipeline, **options):
+    options = {"shuffle": True, "seed": 3, "threads": 2, **options}
+    return fastload.Loader(path, 8, transforms=PIPELINES[pipeline], engine=engine, decode="exact", **options)
+
+
+def levels(a, b, pipeline):
+    scale = 255 * 0.225 if "Normalize" in str(PIPELINES[pipeline]) else 1.0
+    return (a.float() - b.float()).abs() * scale
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_batches_are_those_of_the_cpu_engine(dali, photos, pipeline):
+    ours, theirs = (batches(photos, engine, pipeline) for engine in ("cpu", "dali"))
+    for _ in range(2):  # two epochs
+        count = 0
+        for a, b in zip(ours, theirs):
+            assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label)
+            assert a.image.shape == b.image.shape and a.image.dtype == b.image.dtype
+            assert b.image.is_contiguous(memory_format=torch.channels_last)
+            # The outermost pixels of a reduced crop may differ more: see fastload.engines.dali.
+            apart = levels(a.image, b.image, pipeline)
+            assert apart.mean() < 0.3 and (apart > 1.1).float().mean() < 0.02
+            count += len(b.index)
+        assert count == 43
+
+
+def test_resuming_and_leaving_early(dali, photos):
+    whole = [b.image.clone() for b in batches(photos, "dali", "train")]
+    loader = batches(photos, "dali", "train")
+    for i, _ in enumerate(loader):
+        if i == 2:
+            break
+    state = loader.state_dict()
+    again = batches(photos, "dali", "train", threads=1)
+    again.load_state_dict(state)
+    for a, b in zip(whole[3:], again, strict=True):
+        assert torch.equal(a, b.image)
+    # The next iteration of the loader that was left is the next epoch, whole.
+    assert sum(len(b.index) for b in loader) == 43
+    kept = next(iter(loader)).image
+    before = kept.clone()
+    for _ in loader:
+        pass
+    assert torch.equal(kept, before)
+
+
+def test_two_iterations_at_a_time_are_refused(dali, photos):
+    loader = batches(photos, "dali", "bytes")
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    next(second)
+    with pytest.raises(UsageError, match="one at a time"):
+        next(first)
+    assert sum(len(b.index) for b in second) == 35
+
+
+def test_a_corrupt_sample(dali, tmp_path):
+    path = make_beton(tmp_path / "c.beton", 20)
+    with fastload.open(path) as data:
+        reader, at = data.locate(11)
+        where = int(reader.spans(np.array([at]), "image").starts[0])
+    content = bytearray(path.read_bytes())
+    content[where : where + 300] = bytes(300)
+    path.write_bytes(content)
+    with pytest.raises(CorruptError, match="id-11"):
+        list(batches(path, "dali", "bytes", shuffle=False))
+    ours, theirs = (batches(path, e, "bytes", shuffle=False, on_error="replace") for e in ("cpu", "dali"))
+    with pytest.warns(UserWarning, match="id-11"):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label)
+    assert [e.index for e in theirs.errors] == [11] and theirs.errors == ours.errors
+
+
+def test_closing_leaves_no_thread(dali, photos):
+    before = threading.active_count()
+    for _ in range(5):
+        loader = batches(photos, "dali", "train")
+        next(iter(loader))
+        loader.close()
+    assert threading.active_count() <= before + 1
+
+
+def test_functions_of_the_user_are_refused_by_name(dali, photos):
+    pipeline = (T.Resize(40), T.CenterCrop(32), T.PerImage(lambda image: image))
+    with pytest.raises(UsageError, match="engine='cpu'"):
+        fastload.Loader(photos, 8, transforms=pipeline, engine="dali")
+    loader = fastload.Loader(photos, 8, transforms=pipeline, engine="auto")
+    assert loader.engine == "cpu" and "dali not measured" in str(loader.choice)
+
+
+def test_auto_measures_and_says_what_it_took(dali, photos):
+    loader = batches(photos, "auto", "mixed")
+    assert loader.engine in ("cpu", "dali") and set(loader.choice.rates) == {"cpu", "dali"}
+    assert loader.choice.rates[loader.engine] == max(loader.choice.rates.values())
+    assert sum(len(b.index) for b in loader) == 43
+
+
+class _Fake:
+    """Batches of 10 that take ``seconds`` each."""
+
+    def __init__(self, seconds):
+        self.seconds, self.closed = seconds, False
+
+    def __iter__(self):
+        import time
+
+        for _ in range(1000):
+            time.sleep(self.seconds)
+            yield type("B", (), {"index": range(10)})
+
+    def close(self):
+        self.closed = True
+
+
+def test_the_faster_one_is_chosen_and_all_are_closed():
+    slow, fast = _Fake(0.02), _Fake(0.002)
+
+    def broken():
+        raise UsageError("it needs a GPU")
+
+    choice = choose({"slow": lambda: slow, "fast": lambda: fast, "gpu": broken})
+    assert choice.name == "fast" and choice.rates["fast"] > 2 * choice.rates["slow"]
+    assert slow.closed and fast.closed
+    assert "gpu not measured: it needs a GPU" in str(choice)
+    assert isinstance(choice, Choice)
+    with pytest.raises(UsageError, match="it needs a GPU"):
+        choose({"gpu": broken})
