@@ -365,7 +365,15 @@ def test_heavy_packages_are_imported_where_they_are_needed():
             package = module.split(".")[0]
             where = f"{path.relative_to(ROOT)}:{line} imports {module} at its top"
             if package == "torch":
-                assert room(name) in ("engines", "batch", "finish", "makers", "loader", "train", "benchmarks"), where
+                assert room(name) in (
+                    "engines",
+                    "batch",
+                    "finish",
+                    "makers",
+                    "loader",
+                    "train",
+                    "benchmarks",
+                ), where
             assert package != "timm" or room(name) == "train", where
             assert package not in EXTRAS, where
             assert package != "triton" or name == "fastload.kernels.gpu_triton", where
