@@ -27,8 +27,8 @@ TITLES = {
     "conflict": ("Copies with several labels", "The same picture is labelled in more than one way."),
     "sides": ("Copies in training and in test data", "The score on these says what a model remembers."),
     "folds": ("Copies in several folds", "Validation sees what training has seen."),
-    "copies": ("Exact copies", "The same bytes more than once."),
-    "alike": ("Look-alikes", "The same picture, turned, mirrored, resized or encoded again."),
+    "copies": ("Exact copies alone", "The same bytes more than once, and nothing else that looks like them."),
+    "alike": ("Look-alikes", "The same picture, turned, mirrored, resized or encoded again; exact copies of it too."),
 }
 SEVERE = ("conflict", "sides", "folds")
 _THUMBNAIL = 144  # pixels of the longer side
