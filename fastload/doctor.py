@@ -180,12 +180,10 @@ def _engines(
         broken = [name for name, entry in packages.items() if entry["needed"] and not entry["works"]]
         cpu["why"] = found["engine:cpu"]["error"]
         cpu["cure"] = packages[broken[0]]["cure"] if broken else f"{REINSTALL} fastload"
-    usable = "GPU batches work today with Loader(device='cuda'): decoded on the CPU, copied to the GPU"
-    cuda = {
-        "works": False,
-        "why": "GPU decoding is not part of this release",
-        "cure": usable if gpu["devices"] else gpu["cure"],
-    }
+    cuda: dict[str, Any] = {"works": bool(gpu["devices"]) and cpu["works"]}
+    if not cuda["works"]:
+        cuda["why"] = "it needs the CPU engine" if gpu["devices"] else "torch sees no NVIDIA GPU here"
+        cuda["cure"] = gpu["cure"] if not gpu["devices"] else cpu["cure"]
     installed = packages["nvidia-dali-cuda130"]["works"]
     dali: dict[str, Any] = {"works": bool(installed) and cpu["works"]}
     if not dali["works"]:

@@ -38,7 +38,7 @@ __all__ = ["Batch", "Loader", "Replaced"]
 
 _MOST_CLASSES = 1_000_000
 _PASSES = 5  # of a profile
-ENGINES = ("cpu", "dali", "auto")
+ENGINES = ("cpu", "dali", "cuda", "auto")
 _DTYPES = {
     "uint8": torch.uint8,
     "float32": torch.float32,
@@ -66,9 +66,12 @@ class Loader:
             lists it in ``errors``.
         prefetch: batches prepared ahead.
         engine: "cpu"; "dali" (needs ``fastload[dali]``; its pixels are within the tolerance that
-            :mod:`fastload.engines.dali` states); "auto" measures both for a second and takes the faster (``choice`` says why).
+            :mod:`fastload.engines.dali` states); "cuda" decodes and augments on the GPU (:mod:`fastload.engines.cuda`; not yet
+            run on one); "auto" measures each for a second and takes the fastest (``chosen`` says why).
         decode: "fast" or "exact" (see :mod:`fastload.engines.cpu`).
         pin_threads: keep each thread on a core of its own, which can help where cores have memory of their own (NUMA).
+        gpu_decode, cache, vram, ram: of engine "cuda". Who decodes JPEG: "gpu", "cpu" or "auto", which measures; where the data
+            stay: "device", "host" or None; bytes that this may take (None: 80% of what is free).
 
     A batch is a named tuple; images are (B, 3, H, W) in channels_last memory, labels (B,) int64, or (B, C) float32 with
     Mixup, CutMix or a multi-label file; ``batch.index`` (B,) int64 are the base indices of its samples. Raises UsageError
@@ -97,6 +100,10 @@ class Loader:
         engine: str = "cpu",
         decode: str = "fast",
         pin_threads: bool = False,
+        gpu_decode: str = "gpu",
+        cache: str | None = None,
+        vram: int | None = None,
+        ram: int | None = None,
     ) -> None:
         self._owned = not isinstance(data, Dataset)
         dataset = data if isinstance(data, Dataset) else open_dataset(data)
@@ -107,12 +114,14 @@ class Loader:
         self.drop_last = bool(drop_last)
         if on_error not in ("raise", "replace"):
             raise UsageError(f"on_error must be 'raise' or 'replace', got {on_error!r}")
-        if engine == "cuda":
-            raise UsageError(
-                "engine 'cuda' is not part of this release; use engine='cpu' or 'dali' with device='cuda', got 'cuda'"
-            )
         if engine not in ENGINES:
             raise unknown("engine", engine, ENGINES)
+        if engine == "cuda" and device is None:
+            device = "cuda"
+        if cache is not None and engine not in ("cuda", "auto"):
+            raise UsageError(
+                f"a cache is kept by engine='cuda' only; the page cache serves the others, got {cache!r}"
+            )
         if not len(self.dataset):
             raise DataError(
                 f"{self.dataset.path} has no samples to load (after indices); nothing to iterate over"
@@ -141,6 +150,9 @@ class Loader:
         self._fields = self._check_fields(fields)
         self.choice: Choice | None = None
         if engine == "auto":
+            kept = {"gpu_decode": gpu_decode, "cache": cache, "vram": vram, "ram": ram}
+            on_gpu = device is not None and str(device).startswith("cuda")
+            names = ["cpu", "dali", *(["cuda"] if on_gpu else [])]
             options = {
                 "batch_size": batch_size, "transforms": transforms, "shuffle": shuffle, "seed": seed, "threads": threads,
                 "weights": weights, "fields": ("index", self.dataset.image_field), "device": device, "dtype": dtype,
@@ -148,16 +160,13 @@ class Loader:
             }  # fmt: skip
             if self.plan.mixers:  # they change labels, which must then be there
                 options["fields"] = ("index", self.dataset.image_field, "label")
-            self.choice = choose(
-                {
-                    name: partial(Loader, self.dataset, engine=name, **options)
-                    for name in ENGINES
-                    if name != "auto"
-                }
-            )
+            self.choice = choose({
+                name: partial(Loader, self.dataset, engine=name, **options, **(kept if name == "cuda" else {}))
+                for name in names
+            })  # fmt: skip
             engine = self.choice.name
-        # DALI decodes as "exact" does, and so must whatever it leaves to the CPU.
-        engine_of_threads = Engine(self.dataset, self.plan, EXACT if engine == "dali" else decode)
+        # The other engines decode as "exact" does, and so must whatever they leave to the CPU.
+        engine_of_threads = Engine(self.dataset, self.plan, decode if engine == "cpu" else EXACT)
         self._decode, self._replace = decode, on_error == "replace"
         if pin_threads and not hasattr(os, "sched_setaffinity"):
             raise UsageError(
@@ -170,6 +179,7 @@ class Loader:
         self._read_ahead = True
         self._filler = Filler(self.dataset, self.plan, seed, engine_of_threads, self._replace)
         self.engine = engine
+        self._gpu_options: dict[str, Any] = {"decode": gpu_decode, "cache": cache, "vram": vram, "ram": ram}
         try:
             self.device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
@@ -218,6 +228,13 @@ class Loader:
     def seed(self) -> int:
         """The seed of order and augmentation."""
         return self._order.seed
+
+    @property
+    def chosen(self) -> str:
+        """What was chosen by measuring, by budget or by default, and why."""
+        own = "" if self._engine is None else getattr(self._engine.engine, "chosen", "")
+        measured = "" if self.choice is None else str(self.choice)
+        return "; ".join(part for part in (measured, own) if part) or f"engine {self.engine!r}, as asked for"
 
     @property
     def errors(self) -> list[Replaced]:
@@ -330,6 +347,13 @@ class Loader:
 
     def _build_engine(self) -> Any:
         """The engine by its name, with the options of this loader."""
+        if self.engine == "cuda":
+            from fastload.engines.cuda import CudaEngine
+
+            return CudaEngine(
+                self.dataset, self.plan, batch_size=self.batch_size, threads=self.threads, device=self.device or "cuda",
+                prefetch=self.prefetch, dtype=self.dtype, **self._gpu_options,
+            )  # fmt: skip
         from fastload.engines.dali import DaliEngine
 
         cuda = self.device is not None and self.device.type == "cuda"

@@ -176,7 +176,7 @@ def allowed(table, plan, dtype, count):
 # -- pixels ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(49))
+@pytest.mark.parametrize("seed", range(200))
 def test_random_pipelines_equal_the_cpu_engine(odd, make, seed):
     """libjpeg-turbo decodes for both, so only the resize may differ, by a level, and what is done to that level after it."""
     specs, dtype = random_pipeline(seed)

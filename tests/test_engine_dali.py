@@ -160,7 +160,7 @@ def random_pipeline(seed):
     return tuple(steps)
 
 
-@pytest.mark.parametrize("seed", range(49))
+@pytest.mark.parametrize("seed", range(200))
 def test_random_pipelines_equal_the_cpu_engine(odd, make, seed):
     """Within one level, but for the outermost pixels of what was made smaller; the fill to the bit."""
     plan = Plan(random_pipeline(seed))

@@ -385,7 +385,7 @@ def test_waiting_is_measured(small):
         ({"threads": 0}, "threads"),
         ({"prefetch": -1}, "prefetch"),
         ({"on_error": "ignore"}, "on_error"),
-        ({"engine": "cuda"}, "not part of this release"),
+        ({"cache": "device"}, "engine='cuda' only"),
         ({"engine": "gpu"}, "unknown engine"),
         ({"fields": ["image", "lable"]}, "did you mean 'label'"),
         ({"fields": []}, "fields"),
@@ -557,3 +557,9 @@ def test_a_file_that_was_deleted_after_it_was_opened_is_still_loaded(beton_file)
     ds = dataset.open(path)
     os.unlink(path)
     assert sum(len(b.label) for b in Loader(ds, 8, transforms=T.eval(24))) == 20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_engine_of_a_gpu_needs_one(small):
+    with pytest.raises(UsageError, match="not available here"):
+        Loader(small, engine="cuda", transforms=T.eval(32))

@@ -44,9 +44,12 @@ def levels(a, b, pipeline):
     return (a.float() - b.float()).abs() * scale
 
 
+@pytest.mark.parametrize("engine", ["dali", "cuda"])
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_batches_are_those_of_the_cpu_engine(dali, photos, pipeline):
-    ours, theirs = (batches(photos, engine, pipeline) for engine in ("cpu", "dali"))
+def test_batches_are_those_of_the_cpu_engine(dali, photos, pipeline, engine):
+    """The cuda engine without a GPU: the same code, torch's reference in the kernel's place."""
+    ours = batches(photos, "cpu", pipeline)
+    theirs = batches(photos, engine, pipeline, device="cpu")
     for _ in range(2):  # two epochs
         count = 0
         for a, b in zip(ours, theirs):
@@ -60,14 +63,18 @@ def test_batches_are_those_of_the_cpu_engine(dali, photos, pipeline):
         assert count == 43
 
 
-def test_resuming_and_leaving_early(dali, photos):
-    whole = [b.image.clone() for b in batches(photos, "dali", "train")]
-    loader = batches(photos, "dali", "train")
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [("dali", {}), ("cuda", {"device": "cpu"}), ("cuda", {"device": "cpu", "cache": "device"})],
+)
+def test_resuming_and_leaving_early(dali, photos, engine, options):
+    whole = [b.image.clone() for b in batches(photos, engine, "train", **options)]
+    loader = batches(photos, engine, "train", **options)
     for i, _ in enumerate(loader):
         if i == 2:
             break
     state = loader.state_dict()
-    again = batches(photos, "dali", "train", threads=1)
+    again = batches(photos, engine, "train", **{**options, "threads": 1})
     again.load_state_dict(state)
     for a, b in zip(whole[3:], again, strict=True):
         assert torch.equal(a, b.image)
@@ -78,6 +85,15 @@ def test_resuming_and_leaving_early(dali, photos):
     for _ in loader:
         pass
     assert torch.equal(kept, before)
+
+
+def test_a_cache_says_what_it_keeps(photos):
+    loader = batches(photos, "cuda", "train", device="cpu", cache="device", vram=1 << 30)
+    assert "all 43 images" in loader.chosen
+    with pytest.warns(UserWarning):
+        small = batches(photos, "cuda", "train", device="cpu", cache="device", vram=40_000)
+    for a, b in zip(loader, small, strict=True):
+        assert torch.equal(a.image, b.image)
 
 
 def test_two_iterations_at_a_time_are_refused(dali, photos):
