@@ -150,10 +150,10 @@ class Loader:
         self._fields = self._check_fields(fields)
         self.choice: Choice | None = None
         if engine == "auto":
-            kept = {"gpu_decode": gpu_decode, "cache": cache, "vram": vram, "ram": ram}
+            kept: dict[str, Any] = {"gpu_decode": gpu_decode, "cache": cache, "vram": vram, "ram": ram}
             on_gpu = device is not None and str(device).startswith("cuda")
             names = ["cpu", "dali", *(["cuda"] if on_gpu else [])]
-            options = {
+            options: dict[str, Any] = {
                 "batch_size": batch_size, "transforms": transforms, "shuffle": shuffle, "seed": seed, "threads": threads,
                 "weights": weights, "fields": ("index", self.dataset.image_field), "device": device, "dtype": dtype,
                 "on_error": on_error, "prefetch": prefetch, "decode": decode, "pin_threads": pin_threads,
