@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def run(
                 part.update(rows=[], notes=[], seconds=0.0, budget_s=0.0)
             else:
                 part = run_part(
-                    name, title, lambda s, n, measure=measure: measure(rig, s, n), budget.share(name), rig.red,
+                    name, title, partial(measure, rig), budget.share(name), rig.red,
                     least=0.0 if options.small else 3.0,
                 )  # fmt: skip
             if name == "loaders" and part["status"] != NOT_RUN:

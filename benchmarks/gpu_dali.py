@@ -31,11 +31,14 @@ class OwnPipeline:
 
     def __init__(self, folder: str, shape: Shape, decode: str, gpu: bool, sync: Callable[[], object]) -> None:
         require("nvidia.dali", "dali")
-        from nvidia.dali import fn, types
+        from nvidia.dali import fn as operators
+        from nvidia.dali import types as kinds
         from nvidia.dali.pipeline import Pipeline
 
         from fastload.engines.dali import roi_decode_works
 
+        fn: Any = operators
+        types: Any = kinds  # fills itself at import
         files, size = Files(folder), shape.size
         # Some versions crash when they decode a region on a GPU, and would take this process with them.
         regions = decode != "mixed" or roi_decode_works(0)

@@ -233,7 +233,7 @@ def _on_file(rig: Rig, name: str, shape: Shape, seconds: float) -> Iterator[dict
                 continue
             if made.wrong or (gpu_only and not rig.cuda):
                 reason = "no CUDA GPU here; only its pixels were looked at, on the CPU"
-                more = {"check": _said(made), "wrong": made.wrong, "reason": reason}
+                more: dict[str, Any] = {"check": _said(made), "wrong": made.wrong, "reason": reason}
                 done.append(row(label, engine=arm, arm=arm, file=name, **more))
                 continue
             arms[arm] = made

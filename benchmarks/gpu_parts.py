@@ -235,7 +235,12 @@ def kernel(rig: Rig, seconds: float, notes: list[str]) -> Iterator[dict[str, Any
         read = float((table.box[:, 2:] - table.box[:, :2]).prod(1).mean()) * 3
         moved = (read + 3 * rig.size**2 * 2) / 1e9
         figure = timer.series(title, lambda: gpu.crop(sources, table, out, paint), count)  # noqa: B023
-        python = timed(lambda: (gpu.crop(sources, table, out, paint), count)[1], 0.2, rig.sync)()  # noqa: B023
+
+        def launch() -> int:
+            gpu.crop(sources, table, out, paint)  # noqa: B023
+            return count
+
+        python = timed(launch, 0.2, rig.sync)()
         yield _bandwidth(title, figure, moved, copied, check, wrong, f"{python:,.0f} images/s with Python")
         if name.startswith("500"):
             weights, boxes = np.full(count, 0.3, np.float32), np.zeros((count, 4), np.int64)
@@ -301,7 +306,8 @@ class _Timer:
         torch.cuda.synchronize()
         rounds = []
         for _ in range(MIN_ROUNDS):
-            figures, until = [], time.perf_counter() + self.seconds
+            figures: list[float] = []
+            until = time.perf_counter() + self.seconds
             while len(figures) < 3 or (time.perf_counter() < until and len(figures) < 200):
                 begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda._sleep(SLEEP_CYCLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -184,6 +185,10 @@ def data(tmp_path_factory):
         yield dataset
 
 
+def opened(*args, **options):
+    return contextlib.closing(open_loader(*args, **options))
+
+
 class Meddled:
     """A loader whose batches are changed, from the ``after``-th iteration on."""
 
@@ -211,17 +216,17 @@ MEDDLING = {
 
 @pytest.mark.parametrize("wrong", MEDDLING)
 def test_an_arm_is_held_against_the_cpu_engine(data, wrong):
-    with open_loader(data, "cpu", SHAPE, None, decode="exact") as exact:
+    with opened(data, "cpu", SHAPE, None, decode="exact") as exact:
         want = first_batches(exact, True)
     assert len(want) == 3 and want[0][1].shape == (8, 3, 48, 48)
-    with open_loader(data, "cpu", SHAPE, None) as loader:
+    with opened(data, "cpu", SHAPE, None) as loader:
         arm = Arm(Meddled(loader, MEDDLING[wrong]), True, want, 2.5, lambda: None)
     assert (wrong in arm.wrong) if wrong else arm.wrong == ""
     assert wrong or 0 < arm.difference < 2.5
 
 
 def test_pixels_that_go_wrong_under_load_are_found_afterwards(data):
-    with open_loader(data, "cpu", SHAPE, None) as loader:
+    with opened(data, "cpu", SHAPE, None) as loader:
         want = first_batches(loader, True)
         arm = Arm(Meddled(loader, MEDDLING["differ"], after=1), True, want, 2.5, lambda: None)
         arm.seconds = 0.01
@@ -233,8 +238,8 @@ def test_pixels_that_go_wrong_under_load_are_found_afterwards(data):
 def test_levels_are_those_of_the_stored_pixels(data):
     """fp16 batches back in levels equal the uint8 batches of the same draws."""
     with (
-        open_loader(data, "cpu", SHAPE, None) as floats,
-        open_loader(data, "cpu", Shape(48, 8, 1, "uint8"), None) as plain,
+        opened(data, "cpu", SHAPE, None) as floats,
+        opened(data, "cpu", Shape(48, 8, 1, "uint8"), None) as plain,
     ):
         most, wrong = compare(first_batches(floats, True), first_batches(plain, False), 0.2)
     assert wrong == "" and 0 <= most < 0.1
