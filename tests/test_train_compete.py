@@ -60,7 +60,7 @@ def test_face_masks(tmp_path, shared_data, capsys):
     )
     for path in names:
         if stem[path] in chosen:
-            place = f"{path.parent.name[:4]}_{path.name}"
+            place = f"{len(truth):03}{path.suffix}"
             shutil.move(path, hidden / place)
             truth[place] = path.parent.name
     fastload.convert(

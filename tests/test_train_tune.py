@@ -217,7 +217,7 @@ def test_folds_are_pooled_and_the_same_for_all(photos, tmp_path):
 def test_leaks_are_looked_for_once(photos, tmp_path, monkeypatch):
     calls = []
 
-    def guard(datas, folds, *, labels, threads=None):
+    def guard(datas, folds, *, labels, threads=None, paths=True):
         calls.append(len(datas))
         return ["images 1 and 2 are alike"] if len(calls) > 2 else []
 

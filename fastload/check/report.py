@@ -28,7 +28,10 @@ TITLES = {
     "sides": ("Copies in training and in test data", "The score on these says what a model remembers."),
     "folds": ("Copies in several folds", "Validation sees what training has seen."),
     "copies": ("Exact copies alone", "The same bytes more than once, and nothing else that looks like them."),
-    "alike": ("Look-alikes", "The same picture, turned, mirrored, resized or encoded again; exact copies of it too."),
+    "alike": (
+        "Look-alikes",
+        "The same picture, turned, mirrored, resized or encoded again; exact copies of it too.",
+    ),
 }
 SEVERE = ("conflict", "sides", "folds")
 _THUMBNAIL = 144  # pixels of the longer side

@@ -1,0 +1,422 @@
+"""The CUDA engine: CPU threads cut crops, the GPU decodes them, and one kernel does all the rest, behind the consumer's back.
+
+Of a JPEG the threads cut the restart segments under the crop, of stored pixels its window, into pinned memory
+(:mod:`fastload.engines.staging`). One more thread hands batch after batch to the GPU: nvJPEG decodes (:mod:`fastload.engines.gpu_decode`),
+and :func:`fastload.kernels.gpu.crop` resizes, recolours, erases and normalises into the batch. With ``decode="cpu"`` the threads
+decode, too: better where a GPU has no JPEG engine, or many cores stand idle. With ``cache`` the data stay in memory
+(:mod:`fastload.engines.resident`), and an epoch of decoded images costs the CPU only its draws: they take 1 to 11 microseconds
+an image, and are then what bounds the rate, most of all for small images.
+
+The host waits for the GPU in that one thread only; the consumer's stream waits for an event. Trade-off: what waits there holds up the
+batches behind it. Nothing here needs a GPU but CUDA's streams: with device "cpu" all of it runs with libjpeg-turbo and the kernels'
+reference in torch, slowly, which is how it is tested.
+
+Pixels against the CPU engine with ``decode="exact"``: on the CPU within 1 level (before colour, which multiplies that), and stored pixels
+to the same. nvJPEG decodes 4:2:0 with plain chroma, so on a GPU a JPEG's colours differ at edges. ``decode="cpu"`` is our own decoder,
+half a level off on average. Equal batches come out of a cache and without it.
+Decoders for GPUs show damaged data as if they were whole: the checksum of each JPEG is looked at once, where the file has them; in
+a file without (FFCV's) only ``decode="cpu"`` and ``fastload verify`` find damage inside of an image.
+
+>>> engine.submit(bases, dataset.spans(bases), table); images = engine.collect()  # (B, H, W, 3)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastload.dataset import Dataset
+from fastload.draws import Plan, Table
+from fastload.engines import resident
+from fastload.engines.cpu import Sources
+from fastload.engines.gathering import gather, rows_of
+from fastload.engines.gpu_decode import Decoder, find_decoder
+from fastload.engines.resident import Resident
+from fastload.engines.staging import READY, Repair, Ring, Staged, Stager
+from fastload.errors import UsageError, unknown
+from fastload.kernels import batch as kb
+from fastload.kernels import gpu
+
+GPU, CPU, AUTO = "gpu", "cpu", "auto"
+_SLICES_PER_THREAD = 3  # of all batches that are made at once, so that one large image holds one thread only
+_MEASURE_SECONDS = 0.5  # for each way to decode
+_AHEAD = (
+    4  # batches by which the host may be ahead of the consumer's stream, besides those that are submitted
+)
+
+
+class CudaEngine:
+    """Makes batches of a dataset on a device, in the order in which they are submitted. For one thread.
+
+    Args:
+        dataset, plan: as for the CPU engine. UsageError for a plan with PerImage.
+        batch_size: rows of the largest batch.
+        threads: CPU threads that cut or decode.
+        device: "cuda", or "cpu" to run the same without a GPU, slowly.
+        prefetch: batches that are submitted ahead.
+        dtype: of the batches: torch.uint8, or a float type for normalised pixels (pixel / 255 without Normalize).
+        decode: who decodes JPEG: "gpu", that is the device; "cpu", the threads; "auto" measures both for a second and keeps the faster.
+        cache: "device" or "host" keeps the dataset there; None reads the file.
+        vram, ram: bytes that such a cache may take; None is 80% of what is free on the device, or on the host.
+
+    ``chosen`` says in words who decodes, what is kept in memory, and why; ``rates`` are the images/s that "auto" measured, by way.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        *,
+        batch_size: int,
+        threads: int,
+        device: torch.device | str = "cuda",
+        prefetch: int = 2,
+        dtype: torch.dtype = torch.uint8,
+        decode: str = GPU,
+        cache: str | None = None,
+        vram: int | None = None,
+        ram: int | None = None,
+    ) -> None:
+        self._device = _usable(torch.device(device))
+        if plan.per_image:
+            raise UsageError(
+                f"a GPU cannot run a Python function for each image ({plan.per_image[0]!r}); use engine='cpu'"
+            )
+        if dtype == torch.uint8 and plan.normalize is not None:
+            raise UsageError(
+                "uint8 cannot hold normalised pixels: leave Normalize out, or ask for a float dtype"
+            )
+        if decode not in (GPU, CPU, AUTO):
+            raise unknown("way to decode", decode, [GPU, CPU, AUTO])
+        if cache not in (None, resident.DEVICE, resident.HOST):
+            raise unknown("cache", cache, [resident.DEVICE, resident.HOST])
+        for name, budget in (("vram", vram), ("ram", ram)):
+            if budget is not None and budget < 0:
+                raise UsageError(f"{name} is a number of bytes, 0 or more, got {budget}")
+        self._dataset, self._plan, self._dtype = dataset, plan, dtype
+        self._batch_size, self._threads, self._prefetch = batch_size, threads, prefetch
+        self._paint = kb.Paint(np.array(plan.fill, np.uint8), plan.erase_fill, *plan.affine)
+        self._decoder: Decoder | None = None
+        self._resident: Resident | None = None
+        self._pending: deque[Staged] = deque()
+        self._cuda = self._device.type == "cuda"
+        self._ring = Ring(self._cuda, prefetch + 3)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastload-cut")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastload-cuda")
+        self._stream = torch.cuda.Stream(self._device) if self._cuda else None
+        # Where the consumer's stream was at the last calls of collect().
+        self._marks: deque[Any] = deque(maxlen=_AHEAD)
+        self._closed = False
+        self.rates: dict[str, float] = {}
+        try:
+            self.chosen = self._choose_decoder(decode)
+            if cache is not None:
+                self.chosen += "; " + self._fill_cache(cache, vram if cache == resident.DEVICE else ram)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- in --------------------------------------------------------------------------------------------------------
+
+    def submit(self, bases: np.ndarray, spans: Sources, table: Table, repair: Repair | None = None) -> None:
+        """Begin a batch of the samples ``bases`` (B,), B up to ``batch_size``, where ``spans`` says, as ``table`` says. Does not wait.
+
+        ``repair(row, out)`` fills ``out`` (H, W, 3) uint8 for a row whose bytes are bad, colour and erasing included, on any thread.
+        By default that is :meth:`fastload.engines.cpu.Engine.execute`, and a CorruptError that names the sample.
+        """
+        if self._closed:
+            raise UsageError("this engine was closed; make a new one")
+        if not 0 < len(bases) <= self._batch_size:
+            raise UsageError(f"a batch has 1 to {self._batch_size} samples, got {len(bases)}")
+        bases = np.array(bases, np.int64)  # ours: the caller may put another sample's number there
+        size = self._plan.size
+        if size is None:
+            y, x = spans[0][2].shapes[spans[0][1][0]].tolist()
+            size = (y, x)
+        windows = _windows(table)
+        empty = (table.place[:, 2] <= 0) | (table.place[:, 3] <= 0)  # where nothing is placed all is fill
+        windows[empty] = 0, 0, 1, 1
+        ready = empty
+        if self._resident is not None:
+            spans = self._resident.spans(bases, spans)
+            if self._resident.on_device:
+                ready = empty | self._resident.holds(bases)
+        repair = repair or self._executor(bases, table)
+        self._pending.append(
+            self._start(self._stager.begin(bases, spans, windows, size, repair, table, ready))
+        )
+
+    def _start(self, batch: Staged) -> Staged:
+        count = len(batch.bases)
+        share = max(1, -(-_SLICES_PER_THREAD * self._threads // (self._prefetch + 1)))
+        step = -(-count // min(count, share))
+        if (batch.kinds != READY).any():
+            batch.slices = [
+                self._pool.submit(self._stager.prepare, batch, at, min(at + step, count))
+                for at in range(0, count, step)
+            ]
+        if len(self._marks) == _AHEAD:
+            batch.after = self._marks[0]
+        batch.made = self._worker.submit(self._make, batch)
+        return batch
+
+    def _executor(self, bases: np.ndarray, table: Table) -> Repair:
+        return lambda row, out: self._stager.execute(int(bases[row]), table, row, out)
+
+    # -- out -------------------------------------------------------------------------------------------------------
+
+    def collect(self) -> torch.Tensor:
+        """The oldest batch that was submitted, (B, H, W, 3) without gaps on the device, the caller's own.
+
+        Its ``permute(0, 3, 1, 2)`` is (B, 3, H, W) in channels_last memory. On a GPU it may still be in the making: the current
+        stream waits for it, the host does not. Raises what ``repair`` raises, such as CorruptError; the batches behind it can be
+        collected all the same.
+        """
+        if not self._pending:
+            raise UsageError("collect() gives a batch for each submit(), and none is left")
+        batch = self._pending.popleft()
+        assert batch.made is not None
+        images: torch.Tensor
+        images, event = batch.made.result()
+        if event is not None:
+            consumer = torch.cuda.current_stream(self._device)
+            mark = torch.cuda.Event(blocking=True)  # its waiter sleeps
+            mark.record(consumer)
+            self._marks.append(mark)
+            consumer.wait_event(event)
+            # Else the memory could be given away while the consumer reads it.
+            images.record_stream(consumer)
+        return images
+
+    def drop(self) -> None:
+        """Forget what was submitted, and keep threads and caches for what comes next."""
+        for batch in self._pending:
+            batch.cancelled = True
+            for part in batch.slices:
+                part.cancel()
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Stop threads, forget what was submitted, free caches. Batches that were collected stay as they are."""
+        self._closed = True
+        self.drop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._ring.clear()
+        self._resident = self._decoder = None
+
+    # -- on the thread of the device -------------------------------------------------------------------------------
+
+    def _make(self, batch: Staged) -> tuple[torch.Tensor, Any]:
+        """The pixels of a batch (B, H, W, 3), and the event behind them on a GPU."""
+        with self._loaded(batch) as (sources, origins):
+            assert batch.table is not None
+            rows = rows_of(batch, origins)
+            images = torch.empty((len(batch.bases), *batch.size, 3), dtype=self._dtype, device=self._device)
+            planes = images.permute(0, 3, 1, 2)
+            gpu.crop(sources, rows, planes, self._paint)
+            if batch.table.mix is not None and batch.table.mix_box is not None:
+                gpu.mix(planes, batch.table.mix, batch.table.mix_box)
+        return images, (batch.events[0] if self._cuda else None)
+
+    @contextlib.contextmanager
+    def _loaded(self, batch: Staged) -> Any:
+        """The sources of a batch on the device, and the y, x (B, 2) of the image at which each begins; at last its memory is given back.
+
+        On a GPU what is done meanwhile is done on our stream.
+        """
+        try:
+            _settle(batch.slices)
+            if batch.cancelled:
+                raise UsageError("this batch was dropped")  # nobody hears it
+            if batch.after is not None:
+                # Else a host that is far ahead of its GPU would fill the memory with batches that are still to be used.
+                batch.after.synchronize()
+            with self._on_stream():
+                yield gather(batch, self._device, self._stager, self._decoder, self._resident)
+        finally:
+            if self._cuda:
+                event = torch.cuda.Event()
+                event.record(self._stream)
+                batch.events.append(event)
+            self._stager.release(batch)
+
+    def _on_stream(self) -> Any:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    # -- who decodes -----------------------------------------------------------------------------------------------
+
+    def _choose_decoder(self, decode: str) -> str:
+        """Set ``_stager``, and ``_decoder`` if the device decodes; returns why."""
+        bases = resident.first_uses(self._dataset.indices)
+        _, _, raw, _ = resident.measure(self._dataset.spans, bases[:4096])
+        if decode == CPU:
+            return self._use(CPU, "the CPU decodes, as asked for")
+        if decode == AUTO and raw.all():
+            return self._use(CPU, "there is nothing to decode in the images that were looked at")
+        try:
+            self._decoder = find_decoder(self._device)
+        except UsageError as error:
+            if decode == GPU:
+                raise
+            return self._use(CPU, f"the CPU decodes, because {error}")
+        name = f"{self._decoder.name} on {self._device}"
+        if decode == GPU:
+            return self._use(GPU, f"{name} decodes, as asked for")
+        for way in (GPU, CPU):
+            self._use(way, "")
+            self.rates[way] = self._measure(bases)
+        faster = max(self.rates, key=lambda way: self.rates[way])
+        figures = (
+            f"{name}: {self.rates[GPU]:,.0f} images/s, {self._threads} CPU threads: {self.rates[CPU]:,.0f}"
+        )
+        return self._use(
+            faster, f"{name if faster == GPU else 'the CPU'} decodes, which is faster here ({figures})"
+        )
+
+    def _use(self, way: str, why: str) -> str:
+        turns = self._decoder is not None and self._decoder.turns
+        self._stager = Stager(self._dataset, self._plan, self._ring, way == GPU, turns)
+        return why
+
+    def _measure(self, bases: np.ndarray) -> float:
+        """Images/s of whole batches of this dataset, a bad sample or two among them or not."""
+
+        def submit(number: int) -> None:
+            chosen = bases[(np.arange(self._batch_size) + number * self._batch_size) % len(bases)]
+            spans = self._dataset.spans(chosen)
+            shapes = np.ones((len(chosen), 2), np.int64)
+            for _, places, where in spans:
+                shapes[places] = np.maximum(where.shapes[places], 1)
+            table = self._plan.draw(0, 0, chosen.astype(np.uint64), shapes[:, 0], shapes[:, 1])
+            self.submit(chosen, spans, table, lambda row, out: out.fill(0))
+
+        for number in range(self._prefetch + 1):
+            submit(number)
+        self.collect()  # compiles kernels, and starts the decoder
+        self._synchronise()
+        begun, done = time.perf_counter(), 0
+        while time.perf_counter() - begun < _MEASURE_SECONDS:
+            submit(done + self._prefetch + 1)
+            self.collect()
+            done += 1
+        self._synchronise()
+        spent = time.perf_counter() - begun
+        self.drop()
+        return done * self._batch_size / spent
+
+    def _synchronise(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+
+    # -- the cache -------------------------------------------------------------------------------------------------
+
+    def _fill_cache(self, where: str, budget: int | None) -> str:
+        """Set ``_resident``; returns what it keeps and why."""
+        bases = resident.first_uses(self._dataset.indices)
+        pixels, encoded, raw, shapes = resident.measure(self._dataset.spans, bases)
+        budget = resident.free_bytes(where, self._device) if budget is None else budget
+        choice = resident.choose(where, pixels, encoded, budget)
+        if not choice.whole:
+            warnings.warn(choice.text, stacklevel=4)
+        as_pixels = choice.what != resident.ENCODED
+        lengths = pixels if as_pixels else encoded
+        mine = np.flatnonzero(lengths[: choice.count])  # a damaged sample has no length
+        with self._on_stream():  # its memory must not be some that another stream still reads
+            cache = Resident(
+                where,
+                self._device,
+                int(bases.max(initial=-1)) + 1,
+                bases[mine],
+                lengths[mine],
+                raw[mine] | as_pixels,
+                shapes[mine],
+            )
+        if as_pixels:
+            self._decode_into(cache, bases[mine], pixels[mine])
+        else:
+            for file, places, at in self._dataset.spans(bases[mine]):
+                for row in places.tolist():
+                    start, size = int(at.starts[row]), int(at.sizes[row])
+                    cache.memory.numpy()[int(cache.starts[bases[mine[row]]]) :][:size] = file[
+                        start : start + size
+                    ]
+        self._resident = cache
+        return choice.text
+
+    def _decode_into(self, cache: Resident, bases: np.ndarray, sizes: np.ndarray) -> None:
+        """Decode samples whole, some at a time, into a cache; a damaged one stays out of it."""
+        waiting: deque[tuple[Staged, Any]] = deque()
+        for start, stop in resident.chunks(sizes):
+            some = bases[start:stop]
+            spans = self._dataset.spans(some)
+            windows = np.concatenate([np.zeros((len(some), 2), np.int64), cache.shapes[some]], axis=1)
+            batch = self._stager.begin(some, spans, windows, (1, 1), None)
+            step = -(-len(some) // self._threads)
+            batch.slices = [
+                self._pool.submit(self._stager.prepare, batch, i, min(i + step, len(some)))
+                for i in range(0, len(some), step)
+            ]
+            waiting.append((batch, self._worker.submit(self._keep, batch, cache)))
+            if len(waiting) > self._prefetch:
+                waiting.popleft()[1].result()
+        for _, kept in waiting:
+            kept.result()
+        self._synchronise()
+
+    def _keep(self, batch: Staged, cache: Resident) -> None:
+        with self._loaded(batch) as (sources, _):
+            for row, base in enumerate(batch.bases.tolist()):
+                if row in batch.failed:
+                    cache.forget(base)
+                else:
+                    cache.keep(base, sources.image(row))
+
+
+def _settle(parts: Sequence[Future[None]]) -> None:
+    """Wait for all of them, since they write to the same memory, and then raise the first error."""
+    error: BaseException | None = None
+    for part in parts:
+        try:
+            # Not futures.wait(): one that was cancelled and never taken up is not done for it.
+            part.result()
+        except BaseException as raised:
+            error = error or raised
+    if error is not None:
+        raise error
+
+
+def _windows(table: Table) -> np.ndarray:
+    """(B, 4) int64: the y0, x0, y1, x1 of the image that each crop reads; the triangle filter looks a (scaled) pixel further than its box."""
+    reach = np.maximum((table.box[:, 2:] - table.box[:, :2]) / np.maximum(table.place[:, 2:], 1), 1.0)
+    low = np.maximum(table.clip[:, :2], np.floor(table.box[:, :2] - reach).astype(np.int64))
+    high = np.minimum(table.clip[:, 2:], np.ceil(table.box[:, 2:] + reach).astype(np.int64))
+    return np.concatenate([low, high], axis=1)
+
+
+def _usable(device: torch.device) -> torch.device:
+    """The device, with its number. UsageError if it is not there."""
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UsageError(
+            f"the CUDA engine runs on device 'cuda' or 'cpu', got {str(device)!r}; use engine='cpu'"
+        )
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"device {str(device)!r} is not available here (torch finds no CUDA GPU); use engine='cpu', or see: fastload doctor"
+        )
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if number >= torch.cuda.device_count():
+        raise UsageError(f"there are {torch.cuda.device_count()} GPUs here, and {str(device)!r} is asked for")
+    return torch.device("cuda", number)
