@@ -79,7 +79,7 @@ class Rig:
 
         self.small, self.cuda, self.cores = small, torch.cuda.is_available(), machine.usable_cores()
         self.size = 96 if small and not self.cuda else 224
-        self.batch = (16 if not self.cuda else 64) if small else 256
+        self.batch = (8 if not self.cuda else 64) if small else 256
         tiny = small and not self.cuda
         self.models = ("test_resnet",) if tiny else ("resnet18",) if small else MODELS
         self.model_size, self.model_batch = (32, 8) if tiny else (224, 64 if small else 256)

@@ -247,7 +247,7 @@ def _on_file(rig: Rig, name: str, shape: Shape, seconds: float) -> Iterator[dict
         for arm, made in arms.items():
             if arm in found:
                 made.check()
-            checks = {
+            checks: dict[str, Any] = {
                 "check": _said(made),
                 "wrong": made.wrong,
                 "difference_levels": round(made.difference, 3),
