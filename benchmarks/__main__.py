@@ -140,6 +140,33 @@ def leakage(
     click.echo(json.dumps(record))
 
 
+@cli.command("gpu")
+@click.argument("data", type=click.Path(), required=False)
+@click.option(
+    "--seconds", type=float, default=None, help="Budget of all parts. [default: 400, or 20 with --small]"
+)
+@click.option("--out", type=click.Path(), default=None, help="Append the record to this JSON-lines file.")
+@click.option("--small", is_flag=True, help="Few images and one small model: to see that it runs.")
+@click.option(
+    "--skip",
+    default="",
+    help="Parts to leave out, with commas: tests,scaling,decode,kernel,loaders,models,stall.",
+)
+def gpu(data: str | None, seconds: float | None, out: str | None, small: bool, skip: str) -> None:
+    """Tests, decoders, kernel, loaders, models and stall on a GPU, in under eight minutes; what needs one is left out without it.
+
+    DATA: a folder of class folders with photographs, a tar of one, or a .beton of JPEG images; made up where it is not given.
+    """
+    from fastload.benchmarks.gpu import GpuOptions, ending, run
+
+    skipped = tuple(name.strip() for name in skip.split(",") if name.strip())
+    record = run(data, GpuOptions(seconds, small, skipped), out=out, say=lambda text: click.echo(text + "\n"))
+    click.echo(ending(record))
+    if out is not None:
+        click.echo(f"Record: {out}")
+    click.echo(json.dumps(record))
+
+
 def _numbers(seeds: str) -> tuple[int, ...]:
     try:
         return tuple(int(seed) for seed in seeds.split(","))
