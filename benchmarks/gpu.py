@@ -94,7 +94,7 @@ class Rig:
         """The three files: JPEG of at most 500 px and of 256 px, and pixels of the latter."""
         import fastload
         from fastload.benchmarks.photos import Photos
-        from fastload.demo import write_photos
+        from fastload.benchmarks.sample_photos import write_photos
 
         if data is None:
             write_photos(scratch / "made", self.images, 0)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from fastload.benchmarks.sample_photos import write_photos
 from fastload.errors import DataError, UsageError
 
 TARGET_ACCURACY = 0.97
@@ -248,33 +249,6 @@ def write_digits(folder: Path, size: int, seed: int) -> dict[str, int]:
         picture = Image.fromarray(pixels[index]).resize((size, size), Image.Resampling.BICUBIC)
         picture.save(target / f"{index:04d}.png")
     return {"train": len(train), "test": len(test)}
-
-
-def write_photos(folder: Path, count: int, seed: int) -> int:
-    """``count`` different crops of scikit-learn's two photographs as JPEG files with a longer side of 500 px."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-    from tqdm.auto import tqdm
-
-    pictures = [
-        Image.fromarray(picture) for picture in load_sample_images().images
-    ]  # (427, 640, 3) uint8 each
-    draw = np.random.default_rng(seed)
-    for index in tqdm(range(count), desc="photographs", unit="file", leave=False):
-        which = index % len(pictures)
-        picture = pictures[which]
-        width, height = (round(full * draw.uniform(0.6, 1.0)) for full in picture.size)
-        left = int(draw.integers(0, picture.width - width + 1))
-        top = int(draw.integers(0, picture.height - height + 1))
-        crop = picture.crop((left, top, left + width, top + height))
-        if draw.random() < 0.5:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        scale = 500 / max(crop.size)
-        crop = crop.resize((round(crop.width * scale), round(crop.height * scale)), Image.Resampling.BICUBIC)
-        target = folder / ("china", "flower")[which]
-        target.mkdir(parents=True, exist_ok=True)
-        crop.save(target / f"{index:04d}.jpg", quality=90)
-    return count
 
 
 def accuracy_of(predictions: Path, test: str) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,3 +181,26 @@ def test_the_faster_one_is_chosen_and_all_are_closed():
     assert isinstance(choice, Choice)
     with pytest.raises(UsageError, match="it needs a GPU"):
         choose({"gpu": broken})
+
+
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [("cpu", {}), ("dali", {}), ("cuda", {"device": "cpu"}), ("cuda", {"device": "cpu", "cache": "device"})],
+)
+def test_twenty_epochs_that_are_left_early_leave_nothing_behind(dali, photos, engine, options):
+    loader = batches(photos, engine, "train", **options)
+
+    def epochs(count):
+        for _ in range(count):
+            for i, _batch in enumerate(loader):
+                if i == 2:
+                    break
+        gc.collect()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), resident
+
+    threads, files, mib = epochs(5)
+    after = epochs(20)
+    assert after[:2] == (threads, files)
+    assert after[2] < mib + 20
+    loader.close()

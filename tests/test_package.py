@@ -322,10 +322,15 @@ def test_an_import_goes_to_a_lower_layer_only():
 
 
 def test_train_and_benchmarks_use_what_users_use():
+    """All but the two files that measure the GPU's kernel and DALI's regions themselves."""
+    measured = ("benchmarks/gpu_parts.py", "benchmarks/gpu_dali.py")
     wrong = [
         where
         for here, there, name, where in uses()
-        if here in ("train", "benchmarks") and name not in PUBLIC and there not in PUBLIC_MODULES
+        if here in ("train", "benchmarks")
+        and name not in PUBLIC
+        and there not in PUBLIC_MODULES
+        and not where.startswith(measured)
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -120,6 +120,11 @@ class Trainer:
             raise UsageError(
                 "validation data and a saved split exclude each other; give one of them, got both"
             )
+        given |= {
+            name: str(Path(path).resolve())  # the saved file must mean the same from anywhere
+            for name, path in (("split", cfg.split), ("weights", cfg.weights))
+            if path is not None
+        }
         return cfg.with_values(given)
 
 
