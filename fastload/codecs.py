@@ -105,6 +105,20 @@ def probe(data: Any) -> Probe:
         return Probe(image.format or "?", width, height, orientation, False)
 
 
+def is_plain(info: np.ndarray) -> bool:
+    """Baseline, 8 bit, grey or YCbCr in one scan, of at most as many pixels as we decode: what all decoders show alike.
+
+    ``info`` (kj.INFO_SIZE,) int64 is what :func:`fastload.kernels.jpeg.parse` gives.
+    """
+    components = int(info[kj.COMPONENTS])
+    if info[kj.FRAME] not in (0xC0, 0xC1) or info[kj.PRECISION] != 8 or components not in (1, 3):
+        return False
+    if info[kj.HEIGHT] * info[kj.WIDTH] > MAX_PIXELS or info[kj.SCAN_COMPONENTS] != components:
+        return False
+    ids = bytes(int(i) & 255 for i in info[kj.IDS : kj.IDS + 3])
+    return components == 1 or int(info[kj.ADOBE]) == 1 or (int(info[kj.ADOBE]) < 0 and ids != b"RGB")
+
+
 def _keepable(info: np.ndarray) -> bool:
     """Baseline in one interleaved scan, or progressive; 8 bit, grey or YCbCr: what every decoder shows as the same RGB."""
     components = int(info[kj.COMPONENTS])

@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from engine_cases import draw, random_pipeline
 from PIL import Image
 
 from fastload import beton, codecs, concat, dataset
@@ -88,11 +89,6 @@ def make():
         one.close()
 
 
-def draw(ds, plan, bases, seed=0, epoch=0):
-    rows = ds.gather(ds.image_field, bases)
-    return plan.draw(seed, epoch, bases, rows["height"], rows["width"])
-
-
 def batches(engine, ds, plan, size, seed=0, epoch=0, ahead=2, **options):
     """(bases, table, images) of all samples, submitted some batches ahead."""
     waiting = []
@@ -129,30 +125,10 @@ def levels(images, plan):
     return (images.double().numpy() - shift) / scale
 
 
-def random_pipeline(seed):
-    """A pipeline and a dtype."""
+def random_case(seed):
+    """A pipeline, with normalising and mixing by chance, and a dtype."""
     rng = np.random.default_rng(seed)
-
-    def side():
-        return int(rng.choice([1, 7, 16, 33, 64, 100]))
-
-    size, fill = (side(), side()), tuple(int(v) for v in rng.integers(0, 256, 3))
-    whole = int(rng.integers(8, 90))
-    steps = [
-        [T.RandomResizedCrop(size)],
-        [T.RandomResizedCrop(size, scale=(0.01, 0.2), ratio=(0.2, 5))],
-        [T.Resize(size)],
-        [T.CenterCrop(size)],
-        [T.RandomCrop(size, padding=int(rng.integers(0, 40)), fill=fill)],
-        [T.Resize(whole), T.CenterCrop(size)],
-        [T.Resize((whole, side())), T.RandomCrop(size, padding=3, fill=fill)],
-    ][seed % 7]
-    steps += [T.HorizontalFlip()] if rng.random() < 0.6 else []
-    steps += [T.VerticalFlip(0.4)] if rng.random() < 0.5 else []
-    steps += [T.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)] if rng.random() < 0.4 else []
-    steps += [T.Grayscale(0.3)] if rng.random() < 0.3 else []
-    steps += [T.RandomErasing(0.7, value=fill)] if rng.random() < 0.4 else []
-    steps += [T.Cutout(5, p=0.5)] if rng.random() < 0.3 else []
+    steps = [*random_pipeline(seed, rng)]
     dtype = [torch.uint8, *FLOATS][int(rng.integers(4))]
     steps += [T.Normalize()] if dtype != torch.uint8 and rng.random() < 0.7 else []
     steps += [T.Mixup(0.4, 0.6)] if rng.random() < 0.3 else []
@@ -179,7 +155,7 @@ def allowed(table, plan, dtype, count):
 @pytest.mark.parametrize("seed", range(200))
 def test_random_pipelines_equal_the_cpu_engine(odd, make, seed):
     """libjpeg-turbo decodes for both, so only the resize may differ, by a level, and what is done to that level after it."""
-    specs, dtype = random_pipeline(seed)
+    specs, dtype = random_case(seed)
     plan = Plan(specs)
     engine = make(odd, plan, dtype=dtype)
     total = []
@@ -680,7 +656,7 @@ def smooth(picture, tmp_path_factory):
 @pytest.mark.parametrize("seed", range(49))
 def test_gpu_random_pipelines(odd, make, seed):
     """Stored pixels as on the CPU; nvJPEG's chroma is plain, and the made pictures are noisy, so a JPEG only on average."""
-    specs, dtype = random_pipeline(seed)
+    specs, dtype = random_case(seed)
     plan = Plan(specs)
     for decode in ("gpu", "cpu"):
         for bases, table, images in batches(

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engine_cases import draw, random_pipeline
 from PIL import Image
 
 from fastload import beton, codecs, concat, dataset
@@ -96,11 +97,6 @@ def make():
         one.close()
 
 
-def draw(ds, plan, bases, seed=0, epoch=0):
-    rows = ds.gather(ds.image_field, bases)
-    return plan.draw(seed, epoch, bases, rows["height"], rows["width"])
-
-
 def batches(engine, ds, plan, size, seed=0, ahead=2):
     """(bases, table, images) of all samples, submitted some batches ahead."""
     waiting, starts = [], range(0, len(ds), size)
@@ -131,33 +127,6 @@ def at_the_edge(table, row):
     top, bottom = (high[0], low[0]) if vertical else (low[0], high[0])
     left, right = (high[1], low[1]) if horizontal else (low[1], high[1])
     return int(top), int(left), int(bottom), int(right)
-
-
-def random_pipeline(seed):
-    rng = np.random.default_rng(seed)
-
-    def side():
-        return int(rng.choice([1, 7, 16, 33, 64, 100]))
-
-    size, fill = (side(), side()), tuple(int(v) for v in rng.integers(0, 256, 3))
-    whole = int(rng.integers(8, 90))
-    geometry = [
-        [T.RandomResizedCrop(size)],
-        [T.RandomResizedCrop(size, scale=(0.01, 0.2), ratio=(0.2, 5))],
-        [T.Resize(size)],
-        [T.CenterCrop(size)],
-        [T.RandomCrop(size, padding=int(rng.integers(0, 40)), fill=fill)],
-        [T.Resize(whole), T.CenterCrop(size)],
-        [T.Resize((whole, side())), T.RandomCrop(size, padding=3, fill=fill)],
-    ][seed % 7]
-    steps = list(geometry)
-    steps += [T.HorizontalFlip()] if rng.random() < 0.6 else []
-    steps += [T.VerticalFlip(0.4)] if rng.random() < 0.5 else []
-    steps += [T.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)] if rng.random() < 0.4 else []
-    steps += [T.Grayscale(0.3)] if rng.random() < 0.3 else []
-    steps += [T.RandomErasing(0.7, value=fill)] if rng.random() < 0.4 else []
-    steps += [T.Cutout(5, p=0.5)] if rng.random() < 0.3 else []
-    return tuple(steps)
 
 
 @pytest.mark.parametrize("seed", range(200))

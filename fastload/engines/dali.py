@@ -191,7 +191,7 @@ class DaliEngine:
         if start < 0:
             return base, False
         info, status = jpeg.parse(file[start : start + size])
-        if status != jpeg.OK or not _plain(info):
+        if status != jpeg.OK or not codecs.is_plain(info):
             return base, False
         reader, at = self._dataset.locate_base(base)
         try:
@@ -526,17 +526,6 @@ def _operators() -> tuple[Any, Any]:
     from nvidia.dali import fn, types
 
     return fn, types
-
-
-def _plain(info: np.ndarray) -> bool:
-    """Baseline, 8 bit, grey or YCbCr in one scan, of at most as many pixels as we decode: what all decoders show alike."""
-    components = int(info[jpeg.COMPONENTS])
-    if info[jpeg.FRAME] not in (0xC0, 0xC1) or info[jpeg.PRECISION] != 8 or components not in (1, 3):
-        return False
-    if info[jpeg.HEIGHT] * info[jpeg.WIDTH] > codecs.MAX_PIXELS or info[jpeg.SCAN_COMPONENTS] != components:
-        return False
-    ids = bytes(int(i) & 255 for i in info[jpeg.IDS : jpeg.IDS + 3])
-    return components == 1 or int(info[jpeg.ADOBE]) == 1 or (int(info[jpeg.ADOBE]) < 0 and ids != b"RGB")
 
 
 # -- does decoding of regions work on this GPU -----------------------------------------------------------------------

@@ -251,7 +251,7 @@ class Stager(Engine):
 
     def _look(self, base: int, data: np.ndarray) -> bool:
         info, status = jpeg.parse(data)
-        if status != jpeg.OK or not is_plain(info):
+        if status != jpeg.OK or not codecs.is_plain(info):
             return False
         if self._turns and codecs.probe(data).orientation != 1:
             return False
@@ -261,17 +261,3 @@ class Stager(Engine):
             return reader.checksum_matches(at) is not False
         except CorruptError:
             return False
-
-
-def is_plain(info: np.ndarray) -> bool:
-    """Baseline, 8 bit, grey or YCbCr in one scan, of at most as many pixels as we decode: what all decoders show alike.
-
-    ``info`` (jpeg.INFO_SIZE,) int64 is what :func:`fastload.kernels.jpeg.parse` gives.
-    """
-    components = int(info[jpeg.COMPONENTS])
-    if info[jpeg.FRAME] not in (0xC0, 0xC1) or info[jpeg.PRECISION] != 8 or components not in (1, 3):
-        return False
-    if info[jpeg.HEIGHT] * info[jpeg.WIDTH] > codecs.MAX_PIXELS or info[jpeg.SCAN_COMPONENTS] != components:
-        return False
-    ids = bytes(int(i) & 255 for i in info[jpeg.IDS : jpeg.IDS + 3])
-    return components == 1 or int(info[jpeg.ADOBE]) == 1 or (int(info[jpeg.ADOBE]) < 0 and ids != b"RGB")
