@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastload.cli import main
 from fastload.errors import DataError, UsageError
 from fastload.train import Callback, Config, Trainer, cross_validate, read_run
 from fastload.train.cv import pool
+from fastload.train.data import TrainWarning, make_split
 from fastload.train.folds import make_folds
 from fastload.train.predictions import Predictions
 
@@ -195,3 +197,19 @@ def test_command(people, tmp_path, capsys):
     assert code == 0 and "pooled over 2 folds" in text
     code, _, err = call(capsys, "cv", people, "--folds", "1", "-o", tmp_path / "x")
     assert code == 2 and "Traceback" not in err
+
+
+def test_look_alikes_beside_groups_are_a_warning_that_keeps_the_groups(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [
+        np.kron(rng.integers(0, 255, (8, 8, 3)), np.ones((4, 4, 1))).astype(np.uint8) for _ in range(20)
+    ]
+    items = [
+        {"image": pictures[i % 20], "label": i % 2, "person": i} for i in range(40)
+    ]  # each picture is of two people
+    fastload.convert(items, tmp_path / "d.beton", store="raw", progress=False)
+    with pytest.warns(TrainWarning, match=r"--groups person\+duplicates"):
+        make_split(tmp_path / "d.beton", None, replace(CFG, groups="person"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_split(tmp_path / "d.beton", None, replace(CFG, groups="person+duplicates"))

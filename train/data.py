@@ -162,6 +162,8 @@ def refuse_leaks(
         return
     text = "; ".join(found)
     if group_field is not None:
+        if "duplicates" not in group_field:  # the groups that there are must not be given up for it
+            text = text.replace("--groups duplicates", f"--groups {group_field}+duplicates")
         warnings.warn(
             f"groups by {group_field!r} are kept apart, and still {text}", TrainWarning, stacklevel=3
         )
