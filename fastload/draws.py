@@ -9,10 +9,13 @@ is the same on any engine, with any number of threads, resumed or not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from fastload import transforms as T
@@ -20,9 +23,14 @@ from fastload.errors import UsageError
 from fastload.kernels import rng
 
 FLIP_HORIZONTAL, FLIP_VERTICAL = 1, 2
-_GREY = np.array([0.299, 0.587, 0.114])
+_NUMPY = array_api_compat.array_namespace(np.empty(0))
+_QUANTILES = 16384
+# Luma and chroma of NTSC. A colour is its luma's share of grey, and two of chroma: all steps work on these alone.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _RGB = np.linalg.inv(_YIQ)
+_LUMA = np.tile(_YIQ[0], (3, 1))  # (3, 3): a pixel to its grey
+_CHROMA = _RGB[:, 1:] @ _YIQ[1:]  # a pixel less its grey
+_TURNED = _RGB[:, 1:] @ np.array([[0.0, -1.0], [1.0, 0.0]]) @ _YIQ[1:]  # the same by a quarter turn of hue
 _STREAM_MIX = 0xFE00  # the draws of mixing, apart from those of the steps, which count from 1
 _STREAM_PER_IMAGE = 0xFD00
 _ATTEMPTS = 10
@@ -37,7 +45,7 @@ _STAGES = ("geometry", "flips", "colour", "erasing", "PerImage", "Normalize", "m
 
 @dataclass(frozen=True)
 class Table:
-    """Parameters of B samples.
+    """Parameters of B samples: numpy arrays, or tensors on one device.
 
     ``box`` (B, 4) float64: y0, x0, y1, x1 of the source that is resized to ``place`` (B, 4) int64: y, x, height, width in
     the output, whose rest is filled; ``clip`` (B, 4) int64: the source pixels that may be used. ``flips`` (B,) int64:
@@ -48,15 +56,15 @@ class Table:
     seeds for PerImage, or None.
     """
 
-    box: np.ndarray
-    clip: np.ndarray
-    place: np.ndarray
-    flips: np.ndarray
-    colour: np.ndarray | None
-    coloured: np.ndarray
-    erase: np.ndarray
-    mix: np.ndarray | None
-    mix_box: np.ndarray | None
+    box: Any
+    clip: Any
+    place: Any
+    flips: Any
+    colour: Any
+    coloured: Any
+    erase: Any
+    mix: Any
+    mix_box: Any
     keys: np.ndarray | None
 
 
@@ -150,239 +158,268 @@ class Plan:
         return size
 
     def draw(
-        self, seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray
+        self, seed: int, epoch: int, samples: Any, heights: Any, widths: Any, batch: int | None = None
     ) -> Table:
-        """The parameters of the samples (B,) with base ids ``samples`` and stored sizes ``heights``, ``widths``."""
-        samples = np.asarray(samples, np.uint64)
-        heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
-        count = len(samples)
+        """The parameters of the samples (B,) with base ids ``samples`` and stored sizes ``heights``, ``widths``.
+
+        All three are numpy arrays of integers, or int64 tensors on one device, and the table is of the same kind. ``batch``: the rows
+        are those of batches of so many samples, one after the other (only Mixup and CutMix ask); None is one batch.
+        """
+        uniforms: Callable[[int, int], Any]  # (stream, count) to (B, count) float64
+        if array_api_compat.is_torch_array(heights):
+            from fastload.kernels import gpu_rng
+
+            uniforms = partial(gpu_rng.uniforms, seed, epoch, samples)
+        else:
+            samples = np.asarray(samples, np.uint64)
+            heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+            uniforms = partial(rng.uniforms, seed, epoch, samples)
+        xp = _namespace(heights)
+        count = len(heights)
         if self.size is None:
             out_h, out_w = (int(heights[0]), int(widths[0])) if count else (0, 0)
         else:
             out_h, out_w = self.size
-        box, clip, place = self._boxes(seed, epoch, samples, heights, widths)
-        flips = np.zeros(count, np.int64)
+        box, clip, place = self._boxes(uniforms, heights, widths)
+        flips = xp.zeros_like(heights)
         for stream, flip in self._flips:
             bit = FLIP_HORIZONTAL if isinstance(flip, T.HorizontalFlip) else FLIP_VERTICAL
-            flips ^= np.where(rng.uniforms(seed, epoch, samples, stream, 1)[:, 0] < flip.p, bit, 0)
+            flips ^= xp.astype(uniforms(stream, 1)[:, 0] < flip.p, xp.int64) * bit
         # A flip mirrors the place that is filled, too.
-        place[:, 0] = np.where(flips & FLIP_VERTICAL, out_h - place[:, 0] - place[:, 2], place[:, 0])
-        place[:, 1] = np.where(flips & FLIP_HORIZONTAL, out_w - place[:, 1] - place[:, 3], place[:, 1])
-        colour, coloured = self._colour(seed, epoch, samples)
-        erase = np.zeros((count, len(self._erasers), 4), np.int64)
-        for k, (stream, eraser) in enumerate(self._erasers):
-            erase[:, k] = _erase_boxes(eraser, rng.uniforms(seed, epoch, samples, stream, 32), out_h, out_w)
-        mix, mix_box = self._mix(seed, epoch, samples, out_h, out_w)
+        place[:, 0] = xp.where((flips & FLIP_VERTICAL) != 0, out_h - place[:, 0] - place[:, 2], place[:, 0])
+        place[:, 1] = xp.where((flips & FLIP_HORIZONTAL) != 0, out_w - place[:, 1] - place[:, 3], place[:, 1])
+        colour, coloured = self._colour(uniforms, heights)
+        boxes = [_erase_boxes(eraser, uniforms(stream, 32), out_h, out_w) for stream, eraser in self._erasers]
+        erase = xp.stack(boxes, axis=1) if boxes else xp.reshape(clip[:, :0], (count, 0, 4))
+        mix, mix_box = self._mix(uniforms, heights, out_h, out_w, batch or max(count, 1))
         keys = None
         if self.per_image:
-            u = rng.uniforms(seed, epoch, samples, _STREAM_PER_IMAGE, 4)
-            keys = (u * 4294967296.0).astype(np.uint32)
+            keys = (uniforms(_STREAM_PER_IMAGE, 4) * 4294967296.0).astype(np.uint32)
         return Table(box, clip, place, flips, colour, coloured, erase, mix, mix_box, keys)
 
-    def _boxes(
-        self, seed: int, epoch: int, samples: np.ndarray, heights: np.ndarray, widths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        count = len(samples)
-        whole = np.stack([np.zeros(count, np.int64), np.zeros(count, np.int64), heights, widths], axis=1)
+    def _boxes(self, uniforms: Callable[[int, int], Any], heights: Any, widths: Any) -> tuple[Any, Any, Any]:
+        xp = _namespace(heights)
+        zero = xp.zeros_like(heights)
+        whole = _columns(zero, zero, heights, widths)
         if not self.geometry or self.whole_image:
-            size = whole if self.size is None else np.tile([0, 0, *self.size], (count, 1))
-            return whole.astype(np.float64), whole, size.astype(np.int64)
+            size = (heights, widths) if self.size is None else (zero + self.size[0], zero + self.size[1])
+            return xp.astype(whole, xp.float64), whole, _columns(zero, zero, *size)
         first: Any = self.geometry[0]
         last: Any = self.geometry[-1]
         out_h, out_w = last.size
         if isinstance(first, T.RandomResizedCrop):
-            crops = _resized_crops(
-                first, rng.uniforms(seed, epoch, samples, 1, 4 * _ATTEMPTS), heights, widths
-            )
-            return crops.astype(np.float64), crops, np.tile(np.array([0, 0, out_h, out_w]), (count, 1))
+            crops = _resized_crops(first, uniforms(1, 4 * _ATTEMPTS), heights, widths)
+            return xp.astype(crops, xp.float64), crops, _columns(zero, zero, zero + out_h, zero + out_w)
         if isinstance(first, T.Resize):
             if isinstance(first.size, int):
-                short = np.minimum(heights, widths)
-                new_h = np.where(heights <= widths, first.size, first.size * heights // short)
-                new_w = np.where(heights <= widths, first.size * widths // short, first.size)
+                short = xp.minimum(heights, widths)
+                new_h = xp.where(heights <= widths, first.size, first.size * heights // short)
+                new_w = xp.where(heights <= widths, first.size * widths // short, first.size)
             else:
-                new_h, new_w = np.full(count, first.size[0]), np.full(count, first.size[1])
+                new_h, new_w = zero + first.size[0], zero + first.size[1]
         else:
             new_h, new_w = heights, widths
         if isinstance(last, T.RandomCrop):
-            u = rng.uniforms(seed, epoch, samples, len(self.geometry), 2)
+            u = uniforms(len(self.geometry), 2)
             top = _random_offsets(u[:, 0], new_h, out_h, last.padding)
             left = _random_offsets(u[:, 1], new_w, out_w, last.padding)
         elif isinstance(last, T.CenterCrop):
             top, left = _centre_offsets(new_h, out_h), _centre_offsets(new_w, out_w)
         else:
-            top, left = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        y, x = np.clip(-top, 0, out_h), np.clip(-left, 0, out_w)
+            top, left = zero, zero
+        y, x = (-top).clip(0, out_h), (-left).clip(0, out_w)
         # With much padding a crop may miss the image: then nothing is placed, and all is fill.
-        h = np.maximum(np.minimum(out_h, new_h - top) - y, 0)
-        w = np.maximum(np.minimum(out_w, new_w - left) - x, 0)
-        scale_y, scale_x = heights / new_h, widths / new_w
-        box = np.stack(
-            [(top + y) * scale_y, (left + x) * scale_x, (top + y + h) * scale_y, (left + x + w) * scale_x],
-            axis=1,
+        h = ((new_h - top).clip(max=out_h) - y).clip(min=0)
+        w = ((new_w - left).clip(max=out_w) - x).clip(min=0)
+        scale_y, scale_x = _real(heights) / new_h, _real(widths) / new_w
+        box = _columns(
+            (top + y) * scale_y, (left + x) * scale_x, (top + y + h) * scale_y, (left + x + w) * scale_x
         )
-        return box, whole, np.stack([y, x, h, w], axis=1)
+        return box, whole, _columns(y, x, h, w)
 
-    def _colour(self, seed: int, epoch: int, samples: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-        count = len(samples)
-        coloured = np.zeros(count, bool)
+    def _colour(self, uniforms: Callable[[int, int], Any], like: Any) -> tuple[Any, Any]:
+        """The matrix of all colour steps (B, 3, 7) float32, and which rows it changes.
+
+        Nothing is cut to 0..255 between the steps, so each of them scales luma, or scales and turns chroma; these commute, and
+        their order does not matter. Contrast keeps the image's mean luma: there it does to luma nothing.
+        """
+        xp = _namespace(like)
+        coloured = like < 0
         if not self._colours:
             return None, coloured
-        state = np.zeros((count, 3, 7))  # pixel, mean, constant
-        state[:, :, :3] = np.eye(3)
+        # A pixel's luma, the mean's luma, chroma along and across: what becomes of 1, 1, 1 and 0.
+        luma = xp.ones_like(like, dtype=xp.float64)
+        mean, along, across = luma, luma, xp.zeros_like(luma)
         for stream, spec in self._colours:
-            u = rng.uniforms(seed, epoch, samples, stream, 9)
+            u = uniforms(stream, 9)
             active = u[:, 0] < spec.p
-            coloured |= active
+            coloured = coloured | active
             if isinstance(spec, T.Grayscale):
-                state = np.where(active[:, None, None], _saturate(state, np.zeros(count)), state)
+                along, across = (xp.where(active, 0.0, part) for part in (along, across))
                 continue
-            turns = np.argsort(u[:, 1:5], axis=1, kind="stable")
-            ranges = np.array([spec.brightness, spec.contrast, spec.saturation, spec.hue])
-            factors = ranges[:, 0] + u[:, 5:9] * (ranges[:, 1] - ranges[:, 0])
-            changed = state
-            for turn in range(4):
-                which = turns[:, turn]
-                factor = factors[np.arange(count), which]
-                options = (_brighten, _contrast, _saturate, _turn_hue)
-                results = [option(changed, factor) for option in options]
-                changed = np.choose(which[:, None, None], results)
-            state = np.where(active[:, None, None], changed, state)
-        return state.astype(np.float32), coloured
+            ranges = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
+            brightness, contrast, saturation, hue = (
+                xp.where(active, low + u[:, 5 + k] * (high - low), 0.0 if k == 3 else 1.0)
+                for k, (low, high) in enumerate(ranges)
+            )
+            luma, mean = luma * brightness * contrast, mean * brightness
+            cos, sin = xp.cos(2 * math.pi * hue), xp.sin(2 * math.pi * hue)
+            chroma = brightness * contrast * saturation
+            along, across = chroma * (along * cos - across * sin), chroma * (along * sin + across * cos)
+
+        def combined(*parts: tuple[Any, np.ndarray]) -> Any:
+            terms = [
+                part[:, None, None] * xp.asarray(matrix, device=array_api_compat.device(part))
+                for part, matrix in parts
+            ]
+            return sum(terms[1:], terms[0])
+
+        pixel = combined((luma, _LUMA), (along, _CHROMA), (across, _TURNED))
+        means = combined((mean - luma, _LUMA))
+        colour = xp.concat([pixel, means, xp.zeros_like(means[:, :, :1])], axis=2)
+        return xp.astype(colour, xp.float32), coloured
 
     def _mix(
-        self, seed: int, epoch: int, samples: np.ndarray, height: int, width: int
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        self, uniforms: Callable[[int, int], Any], like: Any, height: int, width: int, batch: int
+    ) -> tuple[Any, Any]:
         if not self.mixers:
             return None, None
-        count = len(samples)
-        u = rng.uniforms(seed, epoch, samples, _STREAM_MIX, 4)
-        which = np.minimum((u[:, 0] * len(self.mixers)).astype(np.int64), len(self.mixers) - 1)
-        weights = np.ones(count)
-        boxes = np.zeros((count, 4), np.int64)
+        xp = _namespace(like)
+        u = uniforms(_STREAM_MIX, 4)
+        which = xp.astype(u[:, 0] * len(self.mixers), xp.int64)
+        quantile = uniforms(_STREAM_MIX + 1, 1)[:, 0]
+        weights = xp.ones_like(quantile)
+        boxes = _columns(*[xp.zeros_like(like)] * 4)
+        # A sample in the middle of an odd batch is its own partner: mixing would change nothing but its label's weight.
+        row = xp.arange(len(like), device=array_api_compat.device(like))
+        place = row % batch
+        alone = 2 * place + 1 == (len(like) - (row - place)).clip(max=batch)
         for number, mixer in enumerate(self.mixers):
-            chosen = (which == number) & (u[:, 1] < mixer.p)
-            if not chosen.any():
-                continue
-            weight = _beta(mixer.alpha, seed, epoch, samples[chosen])
+            chosen = (which == number) & (u[:, 1] < mixer.p) & ~alone
+            weight = _beta(mixer.alpha, quantile)
             if isinstance(mixer, T.CutMix):
-                side = np.sqrt(1.0 - weight)
-                h, w = (height * side).astype(np.int64), (width * side).astype(np.int64)
-                y = (u[chosen, 2] * height).astype(np.int64)
-                x = (u[chosen, 3] * width).astype(np.int64)
-                y0, y1 = np.clip(y - h // 2, 0, height), np.clip(y + h // 2, 0, height)
-                x0, x1 = np.clip(x - w // 2, 0, width), np.clip(x + w // 2, 0, width)
-                boxes[chosen] = np.stack([y0, x0, y1, x1], axis=1)
-                weight = 1.0 - (y1 - y0) * (x1 - x0) / (height * width)
-            weights[chosen] = weight
-        # In the middle of an odd batch a sample is its own partner: mixing would change nothing but its label's weight.
-        if count % 2:
-            weights[count // 2] = 1.0
-            boxes[count // 2] = 0
-        return weights.astype(np.float32), boxes
+                side = xp.sqrt(1.0 - weight)
+                h, w = xp.astype(height * side, xp.int64), xp.astype(width * side, xp.int64)
+                y, x = xp.astype(u[:, 2] * height, xp.int64), xp.astype(u[:, 3] * width, xp.int64)
+                y0, y1 = (y - h // 2).clip(0, height), (y + h // 2).clip(0, height)
+                x0, x1 = (x - w // 2).clip(0, width), (x + w // 2).clip(0, width)
+                boxes = xp.where(chosen[:, None], _columns(y0, x0, y1, x1), boxes)
+                weight = 1.0 - _real((y1 - y0) * (x1 - x0)) / (height * width)
+            weights = xp.where(chosen, weight, weights)
+        return xp.astype(weights, xp.float32), boxes
 
 
-def _resized_crops(
-    spec: T.RandomResizedCrop, u: np.ndarray, heights: np.ndarray, widths: np.ndarray
-) -> np.ndarray:
+def _namespace(array: Any) -> Any:
+    """The array API of an array's library; numpy's without being looked for, which would cost more than most steps."""
+    return _NUMPY if isinstance(array, np.ndarray) else array_api_compat.array_namespace(array)
+
+
+def _columns(*parts: Any) -> Any:
+    """Columns (B,) side by side, (B, 4)."""
+    return _namespace(parts[0]).stack(parts, axis=1)
+
+
+def _real(values: Any) -> Any:
+    """As float64: torch would make float32 of a quotient of integers."""
+    xp = _namespace(values)
+    return xp.astype(values, xp.float64)
+
+
+def _whole(values: Any) -> Any:
+    """Rounded to the nearest whole number, halves to even ones, int64."""
+    xp = _namespace(values)
+    return xp.astype(xp.round(values), xp.int64)
+
+
+def _below(u: Any, limits: Any) -> Any:
+    """Whole numbers (B,) below ``limits`` (integers of 1 or more) from uniforms."""
+    xp = _namespace(u)
+    return xp.minimum(xp.astype(u * limits, xp.int64), limits - 1)
+
+
+def _first(fits: Any, *tries: Any) -> list[Any]:
+    """Of each of ``tries`` (B, n) the first that fits (B, n), or try 0: (B,)."""
+    xp = _namespace(fits)
+    first = xp.argmax(xp.astype(fits, xp.uint8), axis=1)[:, None]
+    return [xp.take_along_axis(values, first, axis=1)[:, 0] for values in tries]
+
+
+def _shapes(area: Any, u: Any, ratio: tuple[float, float], over: bool) -> tuple[Any, Any]:
+    """Heights and widths of boxes of ``area``, whose ratio is uniform in its logarithm; ``over``: it is height / width."""
+    xp = _namespace(area)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    drawn = xp.exp(low + u * (high - low))
+    long, short = _whole(xp.sqrt(area * drawn)), _whole(xp.sqrt(area / drawn))
+    return (long, short) if over else (short, long)
+
+
+def _resized_crops(spec: T.RandomResizedCrop, u: Any, heights: Any, widths: Any) -> Any:
     """(B, 4) int64 y0, x0, y1, x1: the first of ten attempts that fits, else the largest central crop in ratio."""
-    count = len(heights)
-    u = u.reshape(count, _ATTEMPTS, 4)
+    xp = _namespace(u)
+    u = xp.reshape(u, (len(heights), _ATTEMPTS, 4))
     area = (heights * widths)[:, None] * (spec.scale[0] + u[:, :, 0] * (spec.scale[1] - spec.scale[0]))
-    low, high = np.log(spec.ratio[0]), np.log(spec.ratio[1])
-    ratio = np.exp(low + u[:, :, 1] * (high - low))
-    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    h, w = _shapes(area, u[:, :, 1], spec.ratio, False)
     fits = (w > 0) & (w <= widths[:, None]) & (h > 0) & (h <= heights[:, None])
-    first = np.argmax(fits, axis=1)
-    rows = np.arange(count)
-    h, w = h[rows, first], w[rows, first]
-    y = np.minimum((u[rows, first, 2] * (heights - h + 1)).astype(np.int64), heights - h)
-    x = np.minimum((u[rows, first, 3] * (widths - w + 1)).astype(np.int64), widths - w)
-    shape = widths / heights
-    back_w = np.where(shape > spec.ratio[1], np.rint(heights * spec.ratio[1]).astype(np.int64), widths)
-    back_h = np.where(shape < spec.ratio[0], np.rint(widths / spec.ratio[0]).astype(np.int64), heights)
+    h, w, along_y, along_x = _first(fits, h, w, u[:, :, 2], u[:, :, 3])
+    shape = _real(widths) / heights
+    back_w = xp.where(shape > spec.ratio[1], _whole(_real(heights) * spec.ratio[1]), widths)
+    back_h = xp.where(shape < spec.ratio[0], _whole(_real(widths) / spec.ratio[0]), heights)
     # An extreme ratio can round to a side longer than the image or to none.
-    back_w, back_h = np.clip(back_w, 1, widths), np.clip(back_h, 1, heights)
-    ok = fits.any(axis=1)
-    h, w = np.where(ok, h, back_h), np.where(ok, w, back_w)
-    y = np.where(ok, y, (heights - back_h) // 2)
-    x = np.where(ok, x, (widths - back_w) // 2)
-    return np.stack([y, x, y + h, x + w], axis=1)
+    back_w, back_h = (xp.minimum(b, most).clip(min=1) for b, most in ((back_w, widths), (back_h, heights)))
+    ok = xp.any(fits, axis=1)
+    h, w = xp.where(ok, h, back_h), xp.where(ok, w, back_w)
+    y = xp.where(ok, _below(along_y, heights - h + 1), (heights - h) // 2)
+    x = xp.where(ok, _below(along_x, widths - w + 1), (widths - w) // 2)
+    return _columns(y, x, y + h, x + w)
 
 
-def _random_offsets(u: np.ndarray, size: np.ndarray, out: int, padding: int) -> np.ndarray:
+def _random_offsets(u: Any, size: Any, out: int, padding: int) -> Any:
     """Where a crop of ``out`` begins on an axis of ``size``; negative in the padding."""
-    padded = size + 2 * padding
-    room = padded - out
-    offset = np.minimum((u * (room + 1)).astype(np.int64), np.maximum(room, 0))
-    return np.where(room >= 0, offset - padding, -((out - size) // 2))
+    xp = _namespace(u)
+    room = size + 2 * padding - out
+    offset = _below(u, room.clip(min=0) + 1)
+    return xp.where(room >= 0, offset - padding, -((out - size) // 2))
 
 
-def _centre_offsets(size: np.ndarray, out: int) -> np.ndarray:
+def _centre_offsets(size: Any, out: int) -> Any:
     """Where a centre crop begins, rounded as torchvision rounds it; negative where the image is smaller."""
-    return np.where(size >= out, np.rint((size - out) / 2.0).astype(np.int64), -((out - size) // 2))
+    xp = _namespace(size)
+    return xp.where(size >= out, _whole(_real(size - out) / 2), -((out - size) // 2))
 
 
-def _erase_boxes(spec: T.RandomErasing | T.Cutout, u: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(B, 4) int64 y0, x0, y1, x1; an empty box where nothing is erased."""
+def _erase_boxes(spec: T.RandomErasing | T.Cutout, u: Any, height: int, width: int) -> Any:
+    """(B, 4) int64 y0, x0, y1, x1; an empty box where nothing is erased. ``u`` (B, 32)."""
+    xp = _namespace(u)
     active = u[:, 0] < spec.p
     if isinstance(spec, T.Cutout):
-        y, x = (u[:, 1] * height).astype(np.int64), (u[:, 2] * width).astype(np.int64)
-        y0, x0 = y - spec.size // 2, x - spec.size // 2
-        boxes = np.stack(
-            [
-                np.clip(y0, 0, height),
-                np.clip(x0, 0, width),
-                np.clip(y0 + spec.size, 0, height),
-                np.clip(x0 + spec.size, 0, width),
-            ],
-            axis=1,
+        y0, x0 = (
+            xp.astype(u[:, 1 + axis] * length, xp.int64) - spec.size // 2
+            for axis, length in enumerate((height, width))
         )
-        return np.where(active[:, None], boxes, 0)
-    tries = u[:, 2:32].reshape(len(u), -1, 3)  # ten of (area, ratio, place)
+        ends = ((y0, height), (x0, width), (y0 + spec.size, height), (x0 + spec.size, width))
+        return xp.where(active[:, None], _columns(*[end.clip(0, most) for end, most in ends]), 0)
+    tries = xp.reshape(u[:, 2:], (len(u), _ATTEMPTS, 3))  # area, ratio, place
     area = height * width * (spec.scale[0] + tries[:, :, 0] * (spec.scale[1] - spec.scale[0]))
-    low, high = np.log(spec.ratio[0]), np.log(spec.ratio[1])
-    ratio = np.exp(low + tries[:, :, 1] * (high - low))
-    h, w = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    h, w = _shapes(area, tries[:, :, 1], spec.ratio, True)
     fits = (h < height) & (w < width)
-    first, rows = np.argmax(fits, axis=1), np.arange(len(u))
-    h, w = h[rows, first], w[rows, first]
-    y = (u[:, 1] * np.maximum(height - h + 1, 1)).astype(np.int64)
-    x = (tries[rows, first, 2] * np.maximum(width - w + 1, 1)).astype(np.int64)
-    boxes = np.stack([y, x, y + h, x + w], axis=1)
-    return np.where((active & fits.any(axis=1))[:, None], boxes, 0)
+    h, w, along = _first(fits, h, w, tries[:, :, 2])
+    y = xp.astype(u[:, 1] * (height - h + 1).clip(min=1), xp.int64)
+    x = xp.astype(along * (width - w + 1).clip(min=1), xp.int64)
+    return xp.where((active & xp.any(fits, axis=1))[:, None], _columns(y, x, y + h, x + w), 0)
 
 
-def _brighten(state: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    scaled: np.ndarray = state * factor[:, None, None]
-    return scaled
+def _beta(alpha: float, u: Any) -> Any:
+    """(B,) draws from Beta(alpha, alpha): the inverse of its distribution function at ``u``, linear between 16,384 places."""
+    xp = _namespace(u)
+    quantiles = xp.asarray(_quantiles(alpha), device=array_api_compat.device(u))
+    at = u * _QUANTILES
+    below = xp.astype(at, xp.int64)
+    low, high = xp.take(quantiles, below, axis=0), xp.take(quantiles, below + 1, axis=0)
+    return low + (high - low) * (at - xp.astype(below, xp.float64))
 
 
-def _saturate(state: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    grey = np.einsum("c,bcn->bn", _GREY, state)[:, None, :]
-    mixed: np.ndarray = state * factor[:, None, None] + grey * (1 - factor)[:, None, None]
-    return mixed
-
-
-def _contrast(state: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    # The mean of a linear function of the pixel is that function of the mean: pixel terms become mean terms.
-    grey = np.einsum("c,bcn->bn", _GREY, state)
-    mean = np.concatenate([np.zeros_like(grey[:, :3]), grey[:, :3] + grey[:, 3:6], grey[:, 6:]], axis=1)
-    mixed: np.ndarray = state * factor[:, None, None] + mean[:, None, :] * (1 - factor)[:, None, None]
-    return mixed
-
-
-def _turn_hue(state: np.ndarray, turns: np.ndarray) -> np.ndarray:
-    cos, sin = np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)
-    zero, one = np.zeros_like(cos), np.ones_like(cos)
-    rotation = np.array([[one, zero, zero], [zero, cos, -sin], [zero, sin, cos]]).transpose(2, 0, 1)
-    return np.einsum("ij,bjk,kl,bln->bin", _RGB, rotation, _YIQ, state)
-
-
-def _beta(alpha: float, seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
-    """(B,) draws from Beta(alpha, alpha), by the inverse of its distribution function."""
+@lru_cache(maxsize=16)
+def _quantiles(alpha: float) -> np.ndarray:
     from scipy.special import betaincinv
 
-    u = rng.uniforms(seed, epoch, samples, _STREAM_MIX + 1, 1)[:, 0]
-    return np.asarray(betaincinv(alpha, alpha, u))
+    return np.asarray(betaincinv(alpha, alpha, np.arange(_QUANTILES + 1) / _QUANTILES))

@@ -9,7 +9,9 @@ position at once, and the same global order is served by any number of processes
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from fastload.errors import UsageError
@@ -33,7 +35,9 @@ class Order:
     rank: int = 0
     world_size: int = 1
     drop_uneven: bool = False
-    _cumulative: np.ndarray | None = field(init=False, default=None, repr=False)
+    _cumulative: Any = field(init=False, default=None, repr=False)  # (length,) float64
+    _last: int = field(init=False, default=0, repr=False, compare=False)
+    _on_devices: dict[Any, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -51,6 +55,8 @@ class Order:
             if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
                 raise UsageError("weights must be finite, none negative, and not all zero")
             object.__setattr__(self, "_cumulative", np.cumsum(weights))
+            # The last sample that has a weight: rounding may lead beyond it.
+            object.__setattr__(self, "_last", int(np.flatnonzero(np.diff(self._cumulative, prepend=0.0))[-1]))
 
     def __len__(self) -> int:
         """Positions of this rank in one epoch."""
@@ -58,24 +64,47 @@ class Order:
             return self.length // self.world_size
         return max(0, -(-(self.length - self.rank) // self.world_size))
 
-    def places(self, start: int, stop: int) -> np.ndarray:
-        """Global positions, over all ranks, of this rank's positions [start, stop): (stop - start,) uint64."""
-        stop = max(min(stop, len(self)), start)
-        return np.arange(start, stop, dtype=np.uint64) * np.uint64(self.world_size) + np.uint64(self.rank)
+    def places(self, start: int, stop: int, device: Any = None) -> Any:
+        """Global positions, over all ranks, of this rank's positions [start, stop): (stop - start,) uint64.
 
-    def take(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Samples at positions [start, stop) of this rank, (stop - start,) int64 below ``length``."""
-        places = self.places(start, stop)
+        On a ``device`` of torch's they are int64, since torch has no arithmetic of the other.
+        """
+        stop = max(min(stop, len(self)), start)
+        if device is None:
+            return np.arange(start, stop, dtype=np.uint64) * np.uint64(self.world_size) + np.uint64(self.rank)
+        import torch
+
+        return torch.arange(start, stop, device=device) * self.world_size + self.rank
+
+    def take(self, epoch: int, start: int, stop: int, device: Any = None) -> Any:
+        """Samples at positions [start, stop) of this rank, (stop - start,) int64 below ``length``.
+
+        With a ``device`` of torch's they are made there, the same, and the host does not wait for them.
+        """
+        places = self.places(start, stop, device)
+        words: Any = rng
+        if device is not None:
+            from fastload.kernels import gpu_rng as words
+        xp = array_api_compat.array_namespace(places)
         if self._cumulative is not None:
-            u = rng.uniforms(self.seed, epoch, places, STREAM_WEIGHTED, 2)
+            u = words.uniforms(self.seed, epoch, places, STREAM_WEIGHTED, 2)
             # Two words make 64 random bits: 32 would be coarse for millions of samples.
-            draw = (u[:, 0] + u[:, 1] / 4294967296.0) * self._cumulative[-1]
-            chosen = np.searchsorted(self._cumulative, draw, side="right")
-            last = int(np.flatnonzero(np.diff(self._cumulative, prepend=0.0))[-1])
-            return np.minimum(chosen, last).astype(np.int64)
+            draw = (u[:, 0] + u[:, 1] / 4294967296.0) * float(self._cumulative[-1])
+            chosen = xp.searchsorted(self._sums(device), draw, side="right")
+            return xp.astype(chosen, xp.int64).clip(max=self._last)
         if self.shuffle:
-            return rng.permute(places, self.length, self.seed, epoch).astype(np.int64)
-        return places.astype(np.int64)
+            return xp.astype(words.permute(places, self.length, self.seed, epoch), xp.int64)
+        return xp.astype(places, xp.int64)
+
+    def _sums(self, device: Any) -> Any:
+        """The cumulative weights, kept on each device that asks for them."""
+        if device is None:
+            return self._cumulative
+        if device not in self._on_devices:
+            import torch
+
+            self._on_devices[device] = torch.from_numpy(self._cumulative).to(device)
+        return self._on_devices[device]
 
 
 def balanced_weights(labels: np.ndarray) -> np.ndarray:

@@ -26,10 +26,12 @@ ImportError with its cure.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import array_api_compat
 import numpy as np
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from fastload.kernels.batch import Paint
 
+_WORDS = 16  # columns of a table in front of its erasers
 BLOCK = 512  # pixels of a program, and elements where batches are mixed
 _MOST_IMAGES = 65535  # CUDA's limit of a grid's second axis
 
@@ -44,9 +47,9 @@ _MOST_IMAGES = 65535  # CUDA's limit of a grid's second axis
 class Sources(NamedTuple):
     """Where the pixels of B images lie in the memory of one device."""
 
-    pointers: np.ndarray  # (B,) int64: address of each image's first byte
-    shapes: np.ndarray  # (B, 2) int64: height and width
-    strides: np.ndarray  # (B, 3) int64: bytes from row to row, from pixel to pixel, from channel to channel
+    pointers: Any  # (B,) int64, numpy's or a tensor on the device: address of each image's first byte
+    shapes: Any  # (B, 2) int64: height and width
+    strides: Any  # (B, 3) int64: bytes from row to row, from pixel to pixel, from channel to channel
     owners: tuple[torch.Tensor, ...]  # one for each image, or one for all: they keep the memory
 
     def image(self, row: int) -> torch.Tensor:
@@ -105,23 +108,28 @@ def crop(sources: Sources, table: Any, out: torch.Tensor, paint: Paint) -> None:
         crop_reference(sources, table, out, paint)
         return
     _check(sources, table, out)
+    if out.numel():
+        packed = pack(sources, table, paint)
+        arrays = _upload(out.device, (packed.words, packed.reals, packed.paint))
+        render(Packed(*arrays, packed.means), out)
+
+
+def render(packed: Packed, out: torch.Tensor) -> None:
+    """Fill ``out`` as :func:`crop` does, from what :func:`pack` made of tensors on its device; nothing is checked."""
+    kernels = triton_kernels("gpu_triton")
     count, height, width, last = len(out), *out.shape[2:], _channels_last(out)
-    if not out.numel():
-        return
-    kernels = _kernels()
-    packed = pack(sources, table, paint)
-    columns, erasers = packed.words.shape[1], table.erase.shape[1]
-    words, rows, reals, colours = _upload(out.device, packed)
-    sums = out.new_zeros((count if _has_colour(table) else 0, 3), dtype=rows.dtype)
+    columns = packed.words.shape[1]
+    # Where nobody asks for means they are multiplied by 0, whatever they are.
+    sums = (out.new_zeros if packed.means else out.new_empty)((count, 3), dtype=packed.words.dtype)
     tiles = -(-height * width // BLOCK)
-    with _on(out):
-        if len(rows):
-            kernels.sums_kernel[(tiles, len(rows))](
-                words, reals, colours, rows, sums, columns, height, width, BLOCK
+    with on_device(out):
+        if packed.means:
+            kernels.sums_kernel[(tiles, count)](
+                packed.words, packed.reals, packed.paint, sums, columns, height, width, BLOCK
             )
         kernels.crop_kernel[(tiles, count)](
-            words, reals, colours, sums, out,
-            columns, erasers, height, width, last, out.is_floating_point(), BLOCK,
+            packed.words, packed.reals, packed.paint, sums, out,
+            columns, (columns - _WORDS) // 4, height, width, last, out.is_floating_point(), BLOCK,
         )  # fmt: skip
 
 
@@ -142,9 +150,9 @@ def mix(images: torch.Tensor, weights: np.ndarray, boxes: np.ndarray) -> None:
     pairs, (height, width) = len(images) // 2, images.shape[2:]
     if not pairs or not images.numel():
         return
-    kernels = _kernels()
+    kernels = triton_kernels("gpu_triton")
     box, share = _upload(images.device, (boxes.astype(np.int64), weights.astype(np.float32)))
-    with _on(images):
+    with on_device(images):
         kernels.mix_kernel[(-(-3 * height * width // BLOCK), pairs)](
             images, share, box, len(images), height, width, last, not images.is_floating_point(), BLOCK
         )
@@ -206,39 +214,51 @@ def mix_reference(images: torch.Tensor, weights: np.ndarray, boxes: np.ndarray) 
 class Packed(NamedTuple):
     """A table as the kernels read it, see :mod:`fastload.kernels.gpu_triton` for the columns."""
 
-    words: np.ndarray  # (B, 16 + 4K) int64
-    rows: np.ndarray  # (M,) int64: the images whose means are wanted
-    reals: np.ndarray  # (B, 29) float32
-    paint: np.ndarray  # (9 + 3K,) float32
+    words: Any  # (B, 16 + 4K) int64
+    reals: Any  # (B, 29) float32
+    paint: Any  # (9 + 3K,) float32
+    means: bool  # whether some of the colour matrices may ask for the mean of their image
+
+    def rows(self, start: int, stop: int) -> Packed:
+        """Some of the rows."""
+        return self._replace(words=self.words[start:stop], reals=self.reals[start:stop])
 
 
 def pack(sources: Sources, table: Any, paint: Paint) -> Packed:
-    """Tables and sources as numbers for the kernels, whose floats are 32 bits: all that needs 64 is done here."""
+    """Tables and sources as numbers for the kernels, whose floats are 32 bits: all that needs 64 is done here.
+
+    Both may be tensors on a device, which then is not waited for.
+    """
+    xp, device = array_api_compat.array_namespace(table.box), array_api_compat.device(table.box)
     count, erasers = len(table.box), table.erase.shape[1]
-    words, reals = np.zeros((count, 16 + 4 * erasers), np.int64), np.zeros((count, 29), np.float32)
+    words = xp.zeros((count, _WORDS + 4 * erasers), dtype=xp.int64, device=device)
+    reals = xp.zeros((count, 29), dtype=xp.float32, device=device)
     words[:, 1:4] = sources.strides
     words[:, 4:8], words[:, 8] = table.place, table.flips
-    words[:, 16:] = table.erase.reshape(count, -1)
+    words[:, 16:] = xp.reshape(table.erase, (count, 4 * erasers))
     # Positions count from the whole pixel in which the box begins, so that they are small.
-    origin = np.floor(table.box[:, :2]).astype(np.int64)
-    words[:, 0] = sources.pointers + (origin * sources.strides[:, :2]).sum(1)
-    size = np.maximum(table.place[:, 2:], 1)
-    scale = (table.box[:, 2:] - table.box[:, :2]) / size
+    corner = xp.floor(table.box[:, :2])
+    origin = xp.astype(corner, xp.int64)
+    words[:, 0] = sources.pointers + xp.sum(origin * sources.strides[:, :2], axis=1)
+    scale = (table.box[:, 2:] - table.box[:, :2]) / table.place[:, 2:].clip(min=1)
     low, high = table.clip[:, :2] - origin, table.clip[:, 2:] - origin
-    reach = np.maximum(scale, 1)
-    taps = np.ceil(2 * reach).astype(np.int64)
+    reach = scale.clip(min=1)
+    taps = xp.astype(xp.ceil(2 * reach), xp.int64)
     # At scale 1 from a whole pixel the second tap of each axis has no weight.
-    unscaled = (scale == 1) & (table.box[:, :2] == origin)
-    taps = np.minimum(np.where(unscaled, 1, taps), np.maximum(high - low, 1))
-    words[:, 10:16] = np.stack([low, high, taps], axis=2).reshape(count, 6)
-    reals[:, :8] = np.stack([table.box[:, :2] - origin, scale, reach, 1 / reach], axis=2).reshape(count, 8)
-    rows = np.zeros(0, np.int64)
+    unscaled = (scale == 1) & (table.box[:, :2] == corner)
+    taps = xp.minimum(xp.where(unscaled, 1, taps), (high - low).clip(min=1))
+    words[:, 10:16] = xp.reshape(xp.stack([low, high, taps], axis=2), (count, 6))
+    axes = xp.stack([table.box[:, :2] - corner, scale, reach, 1 / reach], axis=2)
+    reals[:, :8] = xp.reshape(xp.astype(axes, xp.float32), (count, 8))
+    means = False
     if _has_colour(table):
-        words[:, 9] = table.coloured
-        reals[:, 8:] = table.colour.reshape(count, 21)
-        rows = np.flatnonzero(table.coloured & (table.colour[:, :, 3:6] != 0).any((1, 2)))
+        reals[:, 8:] = xp.reshape(table.colour, (count, 21))
+        asks = table.coloured & xp.any(xp.reshape(table.colour[:, :, 3:6], (count, 9)) != 0, axis=1)
+        words[:, 9] = xp.astype(table.coloured, xp.int64) + 2 * xp.astype(asks, xp.int64)
+        means = not isinstance(table.box, np.ndarray) or bool(asks.any())
     parts = (paint.background, paint.scale, paint.shift, paint.erase_fill[:erasers].ravel())
-    return Packed(words, rows, reals, np.concatenate(parts).astype(np.float32))
+    colours = xp.asarray(np.concatenate(parts).astype(np.float32), device=device)
+    return Packed(words, reals, colours, means)
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
@@ -246,15 +266,15 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _kernels() -> Any:
+def triton_kernels(name: str) -> Any:
+    """A module of this room that holds Triton code."""
     try:
-        from fastload.kernels import gpu_triton
+        return importlib.import_module(f"fastload.kernels.{name}")
     except ImportError as error:
         raise ImportError(
             f"the GPU kernels need Triton, which cannot be imported ({error}); "
             "torch's wheels for Linux with CUDA bring it, or install it with: pip install triton"
         ) from error
-    return gpu_triton
 
 
 def _upload(device: torch.device, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
@@ -269,10 +289,10 @@ def _upload(device: torch.device, arrays: Sequence[np.ndarray]) -> list[torch.Te
         packed = packed.pin_memory().to(device, non_blocking=True)
     parts = packed.split([a.nbytes for a in arrays])
     kinds = {"int64": torch.int64, "float32": torch.float32}
-    return [part.view(kinds[a.dtype.name]) for part, a in zip(parts, arrays)]
+    return [part.view(kinds[a.dtype.name]).view(a.shape) for part, a in zip(parts, arrays)]
 
 
-def _on(tensor: torch.Tensor) -> Any:
+def on_device(tensor: torch.Tensor) -> Any:
     """Triton launches on the current device, which may be another."""
     import torch
 

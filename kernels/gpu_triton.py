@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of ``words`` (B, WORDS + 4K) int64, which fastload.kernels.gpu.pack writes; an axis is low, high, taps.
+# Columns of ``words`` (B, WORDS + 4K) int64, which fastload.kernels.gpu.pack writes; an axis is low, high, taps. COLOURED is 1 where the
+# colours change, 3 where they ask for the image's means, too.
 POINTER, ROW, PIXEL, CHANNEL, PLACE, FLIPS, COLOURED, AXIS_Y, AXIS_X, WORDS = (
     tl.constexpr(column) for column in (0, 1, 2, 3, 4, 8, 9, 10, 13, 16)
 )
@@ -92,18 +93,18 @@ def _add(sums, levels, used):
 
 @triton.jit
 def sums_kernel(
-    words, reals, paint, rows, sums, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    words, reals, paint, sums, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Add to ``sums`` (B, 3) int64 the levels of each channel, for the images ``rows``. Whole numbers: no order changes them."""
-    image = tl.load(rows + tl.program_id(1))
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    used = pixel < HEIGHT * WIDTH
-    red, green, blue = _levels(
-        words + image * COLUMNS, reals + image * REALS, paint, pixel // WIDTH, pixel % WIDTH
-    )
-    _add(sums + image * 3, red, used)
-    _add(sums + image * 3 + 1, green, used)
-    _add(sums + image * 3 + 2, blue, used)
+    """Add to ``sums`` (B, 3) int64 the levels of each channel of the images that ask for it. Whole numbers: no order changes them."""
+    image = tl.program_id(1).to(tl.int64)
+    words += image * COLUMNS
+    if tl.load(words + COLOURED) > 1:
+        pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        used = pixel < HEIGHT * WIDTH
+        red, green, blue = _levels(words, reals + image * REALS, paint, pixel // WIDTH, pixel % WIDTH)
+        _add(sums + image * 3, red, used)
+        _add(sums + image * 3 + 1, green, used)
+        _add(sums + image * 3 + 2, blue, used)
 
 
 @triton.jit

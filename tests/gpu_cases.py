@@ -218,7 +218,7 @@ def compile_for(capability: int) -> dict[str, list[int]]:
     same = {"HEIGHT": 224, "WIDTH": 224, "BLOCK": gpu.BLOCK}
     tables = {"words": "*i64", "reals": "*fp32", "paint": "*fp32", "sums": "*i64"}
     mixes = {"weights": "*fp32", "boxes": "*i64", "count": "i32"}
-    jobs = [(gpu_triton.sums_kernel, {**tables, "rows": "*i64"}, {**same, "COLUMNS": 20})]
+    jobs = [(gpu_triton.sums_kernel, tables, {**same, "COLUMNS": 20})]
     for kind, last in (("u8", True), ("fp16", False), ("bf16", True)):
         flags = {"COLUMNS": 20, "ERASERS": 1, "LAST": last, "NORMALISE": kind != "u8"}
         jobs.append((gpu_triton.crop_kernel, {**tables, "out": f"*{kind}"}, {**same, **flags}))
