@@ -22,12 +22,16 @@ class Batch:
 
     @property
     def index(self) -> torch.Tensor:
-        """Base indices of the samples, (B,) int64."""
+        """Base indices of the samples, (B,) int64; in host memory if it is not one of the fields."""
         if "_index" not in self.__dict__:
             raise AttributeError(
                 "this batch was rebuilt by another library without its index; ask for it: Loader(fields=(..., 'index'))"
             )
         index: torch.Tensor = self.__dict__["_index"]
+        if (
+            index.device.type != "cpu"
+        ):  # a batch that was made on the device waits for it when it is asked, and once
+            index = self.__dict__["_index"] = index.cpu()
         return index
 
     def __getitem__(self, key: Any) -> Any:

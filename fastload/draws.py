@@ -67,6 +67,18 @@ class Table:
     mix_box: Any
     keys: np.ndarray | None
 
+    def windows(self) -> tuple[Any, Any]:
+        """The y0, x0, y1, x1 of the image that each crop reads, (B, 4) int64, and the rows (B,) in which nothing is placed: they read one pixel."""
+        xp = _namespace(self.box)
+        empty = (self.place[:, 2] <= 0) | (self.place[:, 3] <= 0)
+        # The triangle filter looks a pixel, a scaled one where that is larger, further than its box.
+        reach = ((self.box[:, 2:] - self.box[:, :2]) / self.place[:, 2:].clip(min=1)).clip(min=1.0)
+        low = xp.maximum(self.clip[:, :2], xp.astype(xp.floor(self.box[:, :2] - reach), xp.int64))
+        high = xp.minimum(self.clip[:, 2:], xp.astype(xp.ceil(self.box[:, 2:] + reach), xp.int64))
+        nothing = xp.zeros_like(low)
+        single = xp.concat([nothing, nothing + 1], axis=1)
+        return xp.where(empty[:, None], single, xp.concat([low, high], axis=1)), empty
+
 
 class Plan:
     """A checked pipeline: its output ``size`` (height, width) or None (images as they are), and how to draw for it."""

@@ -8,8 +8,10 @@ be measured apart. On a GPU bytes travel, a quarter of the floats, and are norma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import array_api_compat
 import numpy as np
 import torch
 
@@ -19,6 +21,8 @@ from fastload.draws import Plan
 from fastload.errors import DataError
 from fastload.jobs import Job
 from fastload.kernels import pixels
+
+_LISTS = ("bytes", "json")  # kinds of fields that no tensor can hold
 
 
 class Finisher:
@@ -69,45 +73,74 @@ class Finisher:
 
     def batch(self, job: Job, images: torch.Tensor) -> Any:
         """The named tuple of a job and its finished images."""
-        values: dict[str, Any] = {}
-        for name in self._fields:
-            if name == self._dataset.image_field:
-                values[name] = images
-            elif name == "label" and self._plan.mixers:
-                values[name] = self._move(self._mixed_labels(job))
-            else:
-                values[name] = self._column(name, job.bases)
-        batch = self._batch_class(*(values[name] for name in self._fields))
+        values: dict[str, Any] = {self.image_field: images}
+        if self._plan.mixers:
+            labels = self._dataset.gather("label", job.bases)
+            self.check_labels(labels)
+            values["label"] = self._move(torch.from_numpy(self.soften(labels, job.table.mix)))
+        return self.wrap(values, torch.from_numpy(job.bases), lambda: job.bases)
+
+    def wrap(self, values: dict[str, Any], index: torch.Tensor, bases: Callable[[], np.ndarray]) -> Any:
+        """The named tuple of ``values`` by field; fields that are not there are looked up for the samples ``bases()`` (B,)."""
+        batch = self._batch_class(*(self._value(name, values, index, bases) for name in self._fields))
         if "index" not in self._fields:
-            batch.__dict__["_index"] = torch.from_numpy(job.bases)
+            batch.__dict__["_index"] = index
         return batch
 
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self._device is None else tensor.to(self._device, non_blocking=True)
+    def _value(
+        self, name: str, values: dict[str, Any], index: torch.Tensor, bases: Callable[[], np.ndarray]
+    ) -> Any:
+        if name in values:
+            return values[name]
+        return self._move(index) if name == "index" else self.column(name, bases())
 
-    def _column(self, name: str, bases: np.ndarray) -> Any:
-        if name == "index":
-            return self._move(torch.from_numpy(bases))
+    @property
+    def image_field(self) -> str:
+        """The name of the images."""
+        return self._dataset.image_field
+
+    @property
+    def number_fields(self) -> list[str]:
+        """The fields that are tensors, besides images and index."""
+        return [
+            name
+            for name in self._fields
+            if name in self._dataset.fields
+            and name != self.image_field
+            and self._dataset.fields[name].kind not in _LISTS
+        ]
+
+    def column(self, name: str, bases: np.ndarray) -> Any:
+        """A field of the samples ``bases`` (B,): a tensor on the device, or a list."""
         if name in ("id", "source") and name not in self._dataset.fields:
             located = map(self._dataset.locate_base, bases.tolist())
             return [reader.strings(name)[at] for reader, at in located]
         values = self._dataset.gather(name, bases)
-        if self._dataset.fields[name].kind in ("bytes", "json"):
+        if self._dataset.fields[name].kind in _LISTS:
             return list(values)
         values = values.astype(np.float32) if self._dataset.fields[name].kind == "float" else values
         return self._move(torch.from_numpy(np.ascontiguousarray(values)))
 
-    def _mixed_labels(self, job: Job) -> torch.Tensor:
-        labels = self._dataset.gather("label", job.bases)
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._device is None else tensor.to(self._device, non_blocking=True)
+
+    def check_labels(self, labels: np.ndarray) -> None:
+        """DataError for labels (B,) that cannot be made into soft ones."""
+        if labels.ndim == 1 and (labels.min(initial=0) < 0 or labels.max(initial=0) >= self._classes):
+            raise DataError(
+                f"mixing needs labels from 0 to {self._classes - 1}, got {labels.min()} to {labels.max()}"
+            )
+
+    def soften(self, labels: Any, mix: Any) -> Any:
+        """Labels (B,) or (B, C) of a batch, mixed as its images are: own share ``mix`` (B,) float32; (B, C) float32.
+
+        Arrays, or tensors on one device.
+        """
+        xp, device = array_api_compat.array_namespace(mix), array_api_compat.device(mix)
         if labels.ndim == 1:
-            if labels.min(initial=0) < 0 or labels.max(initial=0) >= self._classes:
-                raise DataError(
-                    f"mixing needs labels from 0 to {self._classes - 1}, got {labels.min()} to {labels.max()}"
-                )
-            soft = np.zeros((len(labels), self._classes), np.float32)
-            soft[np.arange(len(labels)), labels] = 1.0
+            soft = xp.zeros((len(labels), self._classes), dtype=xp.float32, device=device)
+            soft[xp.arange(len(labels), device=device), labels] = 1.0
         else:
-            soft = labels.astype(np.float32)
-        assert job.table.mix is not None
-        own = job.table.mix[:, None]
-        return torch.from_numpy(soft * own + soft[::-1] * (1 - own))
+            soft = xp.astype(labels, xp.float32)
+        own = mix[:, None]
+        return soft * own + xp.flip(soft, axis=0) * (1 - own)

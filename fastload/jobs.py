@@ -52,6 +52,11 @@ class Job:
     slices: list[Future[None]] = field(default_factory=list)
     cancelled: bool = False
 
+    @property
+    def count(self) -> int:
+        """Samples of the batch."""
+        return len(self.bases)
+
 
 class Filler:
     """Fills jobs of one dataset and pipeline. ``errors`` lists the samples that were replaced.

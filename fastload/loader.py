@@ -23,15 +23,16 @@ from fastload.choose import Choice, choose
 from fastload.dataset import Dataset
 from fastload.dataset import open as open_dataset
 from fastload.draws import Plan
-from fastload.engines.cpu import EXACT, Engine, Sources, check_uniform
+from fastload.engines.cpu import EXACT, Engine, check_uniform
 from fastload.engines.profiled import ProfiledEngine
 from fastload.errors import DataError, UsageError, unknown
+from fastload.feeds import Begun, Drawer, Feed, HostFeed
 from fastload.finish import Finisher
-from fastload.jobs import Filler, Job, Replaced
+from fastload.jobs import Filler, Replaced
 from fastload.makers import CpuMaker, EngineMaker, Maker
 from fastload.order import Order, balanced_weights
 from fastload.stages import COPY, DRAW, MIX, NORMALISE, Clock, Stage, summarise
-from fastload.system import pinner, ram_bytes, read_ahead, usable_cores
+from fastload.system import pinner, usable_cores
 from fastload.transforms import Spec
 
 __all__ = ["Batch", "Loader", "Replaced"]
@@ -143,9 +144,9 @@ class Loader:
             _positive("world_size", world_size),
         )
         self._order = Order(len(self.dataset), seed, bool(shuffle), weights, rank, world_size, self.drop_last)
-        self._indices = self.dataset.indices if self.dataset.is_view else None
-        # Where a sample may come twice in an epoch, each time must look different.
-        repeats = self._indices is not None and len(np.unique(self._indices)) < len(self._indices)
+        indices = self.dataset.indices
+        repeats = self.dataset.is_view and len(np.unique(indices)) < len(indices)
+        # Whether a sample may come twice in an epoch.
         self._repeats = weights is not None or repeats
         self._fields = self._check_fields(fields)
         self.choice: Choice | None = None
@@ -173,10 +174,7 @@ class Loader:
                 "pin_threads needs Linux: this system cannot keep a thread on one core, got True"
             )
         self._pin = pinner() if pin_threads else None
-        self._too_large = self.dataset.file_bytes > (
-            ram_bytes() or self.dataset.file_bytes
-        )  # to stay in the page cache from epoch to epoch
-        self._read_ahead = True
+        self._drawer = Drawer(self.dataset, self.plan, self._order, self._repeats)
         self._filler = Filler(self.dataset, self.plan, seed, engine_of_threads, self._replace)
         self.engine = engine
         self._gpu_options: dict[str, Any] = {"decode": gpu_decode, "cache": cache, "vram": vram, "ram": ram}
@@ -196,8 +194,9 @@ class Loader:
             self.dataset, self.plan, self._fields, self.dtype, self.device, self._buffers, classes
         )
         self._engine = None if engine == "cpu" else EngineMaker(self._build_engine, self._filler)
+        self._device_feed: Feed | None = None
         if self._engine is not None:
-            _ = self._engine.engine  # what it lacks is said here, not in the middle of a training
+            self._device_feed = self._on_device(self._engine.engine)
         self.epoch = 0
         self._position = 0  # samples of this rank that were handed out in `epoch`
         self._started = False
@@ -233,6 +232,8 @@ class Loader:
     def chosen(self) -> str:
         """What was chosen by measuring, by budget or by default, and why."""
         own = "" if self._engine is None else getattr(self._engine.engine, "chosen", "")
+        if self._device_feed is not None:
+            own += "; batches are drawn and made there, without the CPU"
         measured = "" if self.choice is None else str(self.choice)
         return "; ".join(part for part in (measured, own) if part) or f"engine {self.engine!r}, as asked for"
 
@@ -295,55 +296,78 @@ class Loader:
 
     def _run(self, epoch: int, start: int, turn: int) -> Iterator[Any]:
         starts = iter(range(start, self.num_samples, self.batch_size))
-        jobs: deque[Job] = deque()
-        maker = self._maker()
+        jobs: deque[Begun] = deque()
+        feed = self._feed()
+
+        def begin(at: int) -> Begun:
+            begun: Begun = feed.begin(epoch, at, min(at + self.batch_size, self.num_samples))
+            return begun
+
         try:
             for at in starts:
-                jobs.append(self._begin(maker, epoch, at))
+                jobs.append(begin(at))
                 if len(jobs) > self.prefetch:
                     break
             while jobs and not self._closed:
-                if self._engine is not None and self._turn != turn:
+                if feed.single and self._turn != turn:
                     raise UsageError(
                         f"another iteration of this loader has begun, and engine {self.engine!r} makes one at a time; "
                         "use a loader for each, or engine='cpu'"
                     )
-                begun = time.perf_counter()
+                clock = time.perf_counter()
                 job = jobs.popleft()
-                batch = self._finisher.batch(job, maker.end(job))
+                batch = feed.end(job)
                 following = next(starts, None)
                 if following is not None:
-                    jobs.append(self._begin(maker, epoch, following))
+                    jobs.append(begin(following))
                 if self._turn == turn:  # an older iterator no longer says where the loader is
                     self._position = job.stop
-                self._stats["wait_s"] += time.perf_counter() - begun
+                self._stats["wait_s"] += time.perf_counter() - clock
                 self._stats["batches"] += 1
-                self._stats["samples"] += len(job.bases)
+                self._stats["samples"] += job.count
                 del job
                 yield batch
                 del batch  # the consumer may let go of it while the next one is being made
-            self._read_ahead = self._too_large  # else the whole file was just read
+            self._drawer.was_read()
         finally:
-            if self._engine is None or self._turn == turn:  # else what it holds is the later iteration's
-                maker.stop(jobs)
+            if not feed.single or self._turn == turn:  # else what it holds is the later iteration's
+                feed.stop(jobs)
 
     def close(self) -> None:
         """Free the buffers, and the file if this loader opened it; a running iterator ends at its next step."""
         self._closed = True
+        if self._device_feed is not None:
+            self._device_feed.close()
         if self._engine is not None:
             self._engine.close()
         self._buffers.clear()
         if self._owned:
             self.dataset.close()
 
-    def _maker(self) -> Maker:
-        """Who makes the pixels of an iteration."""
+    def _feed(self) -> Feed:
+        """Where the batches of an iteration come from."""
+        if self._device_feed is not None:
+            return self._device_feed
+        maker: Maker
         if self._engine is None:
-            return CpuMaker(
+            maker = CpuMaker(
                 self._filler, self._finisher, self._buffers, self.threads, self.prefetch, self._pin
             )
-        self._engine.stop(())  # what an iteration that was left has begun
-        return self._engine
+        else:
+            maker = self._engine
+            maker.stop(())  # what an iteration that was left has begun
+        return HostFeed(self._drawer, maker, self._finisher, single=self._engine is not None)
+
+    def _on_device(self, engine: Any) -> Feed | None:
+        """The feed of an engine that needs no host, None for others."""
+        if not getattr(engine, "holds_all", False):
+            return None
+        from fastload.device_feed import DeviceFeed
+
+        return DeviceFeed(
+            engine, self.plan, self._order, self.dataset, self._finisher, batch_size=self.batch_size,
+            count=self.num_samples, repeats=self._repeats,
+        )  # fmt: skip
 
     def _build_engine(self) -> Any:
         """The engine by its name, with the options of this loader."""
@@ -362,32 +386,6 @@ class Loader:
             device_id=(self.device.index or 0) if self.device is not None and cuda else None, prefetch=self.prefetch,
             dtype=self.dtype, allocate=self._buffers.take if not cuda else np.empty,
         )  # fmt: skip
-
-    def _begin(self, maker: Maker, epoch: int, start: int) -> Job:
-        job = self._draw(epoch, start, min(start + self.batch_size, self.num_samples))
-        maker.begin(job)
-        return job
-
-    def _draw(self, epoch: int, start: int, stop: int) -> Job:
-        """The samples at positions [start, stop) of an epoch, and what is to be done to them."""
-        chosen = self._order.take(epoch, start, stop)
-        bases = np.array(chosen if self._indices is None else self._indices[chosen], np.int64)
-        spans = self.dataset.spans(bases)
-        if self._read_ahead:
-            for file, places, where in spans:
-                read_ahead(file, where.starts[places], where.sizes[places])
-        keys = bases.astype(np.uint64)
-        if self._repeats:  # 24 bits of the place in the epoch, in front of the sample's number
-            keys ^= (self._order.places(start, stop) + np.uint64(1)) << np.uint64(40)
-        heights, widths = _shapes(spans, len(bases)).T
-        table = self.plan.draw(self.seed, epoch, keys, heights, widths)
-        if self.plan.size is not None:
-            size = self.plan.size
-        else:
-            size = (int(heights[0]), int(widths[0]))
-        return Job(epoch, stop, bases, spans, table, size)
-
-    # -- measuring -------------------------------------------------------------------------------------------------
 
     def profile(self, images: int = 256) -> list[Stage]:
         """Seconds and bytes an image of each step of the work, on the calling thread alone.
@@ -420,7 +418,7 @@ class Loader:
 
     def _timed_batch(self, start: int, rows: int, filler: Filler, clock: Clock) -> Any:
         """The batch that the threads would make, made here; what the engine does not mark is marked here."""
-        job = self._draw(self.epoch, start, start + rows)
+        job = self._drawer.draw(self.epoch, start, start + rows)
         CpuMaker(self._filler, self._finisher, self._buffers, 1, 1, None).allocate(job)
         clock.mark(DRAW)
         filler.fill(job, 0, rows)
@@ -496,16 +494,6 @@ class Loader:
                 "uint8 cannot hold normalised pixels: leave Normalize out, or ask for a float dtype"
             )
         return chosen
-
-
-def _shapes(spans: Sources, count: int) -> np.ndarray:
-    """Heights and widths (B, 2) int64 of the images of a batch."""
-    if len(spans) == 1:
-        return spans[0][2].shapes
-    shapes = np.empty((count, 2), np.int64)
-    for _, places, where in spans:
-        shapes[places] = where.shapes[places]
-    return shapes
 
 
 def _integer(name: str, value: Any) -> int:

@@ -133,13 +133,13 @@ def render(packed: Packed, out: torch.Tensor) -> None:
         )  # fmt: skip
 
 
-def mix(images: torch.Tensor, weights: np.ndarray, boxes: np.ndarray) -> None:
+def mix(images: torch.Tensor, weights: Any, boxes: Any) -> None:
     """Blend ``images`` (B, 3, H, W), of the kinds that :func:`crop` fills, with their partners B - 1 - i, in place.
 
     ``weights`` (B,) float32 and ``boxes`` (B, 4) int64 as in :func:`fastload.kernels.pixels.mix`: the table's ``mix`` and
-    ``mix_box``.
+    ``mix_box``, in host memory or on the device.
     """
-    if weights.shape != (len(images),) or boxes.shape != (len(images), 4):
+    if tuple(weights.shape) != (len(images),) or tuple(boxes.shape) != (len(images), 4):
         raise ValueError(
             f"mixing {len(images)} images needs as many weights and boxes, got {weights.shape} and {boxes.shape}"
         )
@@ -151,7 +151,9 @@ def mix(images: torch.Tensor, weights: np.ndarray, boxes: np.ndarray) -> None:
     if not pairs or not images.numel():
         return
     kernels = triton_kernels("gpu_triton")
-    box, share = _upload(images.device, (boxes.astype(np.int64), weights.astype(np.float32)))
+    box, share = boxes, weights
+    if isinstance(boxes, np.ndarray):
+        box, share = _upload(images.device, (boxes.astype(np.int64), weights.astype(np.float32)))
     with on_device(images):
         kernels.mix_kernel[(-(-3 * height * width // BLOCK), pairs)](
             images, share, box, len(images), height, width, last, not images.is_floating_point(), BLOCK
@@ -194,7 +196,7 @@ def crop_reference(sources: Sources, table: Any, out: torch.Tensor, paint: Paint
         out[i] = (levels.float() * scale + shift if out.is_floating_point() else levels).to(out.dtype)
 
 
-def mix_reference(images: torch.Tensor, weights: np.ndarray, boxes: np.ndarray) -> None:
+def mix_reference(images: torch.Tensor, weights: Any, boxes: Any) -> None:
     """:func:`mix` in plain torch."""
     import torch
 

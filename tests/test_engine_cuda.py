@@ -558,7 +558,7 @@ def test_cached_epochs_equal_uncached_ones_to_the_bit(beton_file, make, where, s
         told = [w for w in caught if w.category is UserWarning]
         everything = budget >= (whole if where == "device" else min(small, whole))
         assert len(told) == (0 if everything else 1)
-        assert engine._resident.memory.numel() <= budget
+        assert engine.resident.memory.numel() <= budget
         assert f"cache={where!r}" in engine.chosen
         for epoch in range(2):
             for a, (*_, b) in zip(wanted[epoch], batches(engine, ds, plan, 8, epoch=epoch), strict=True):

@@ -506,7 +506,7 @@ def test_threads_can_be_pinned_and_make_the_same_batches(small, monkeypatch):
 
 
 def test_files_are_read_ahead_until_they_have_been_read(beton_file, monkeypatch):
-    from fastload import loader as room
+    from fastload import feeds as room
 
     path = beton_file(count=12, size=(200, 300))
     asked = []

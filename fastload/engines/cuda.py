@@ -4,8 +4,8 @@ Of a JPEG the threads cut the restart segments under the crop, of stored pixels 
 (:mod:`fastload.engines.staging`). One more thread hands batch after batch to the GPU: nvJPEG decodes (:mod:`fastload.engines.gpu_decode`),
 and :func:`fastload.kernels.gpu.crop` resizes, recolours, erases and normalises into the batch. With ``decode="cpu"`` the threads
 decode, too: better where a GPU has no JPEG engine, or many cores stand idle. With ``cache`` the data stay in memory
-(:mod:`fastload.engines.resident`), and an epoch of decoded images costs the CPU only its draws: they take 1 to 11 microseconds
-an image, and are then what bounds the rate, most of all for small images.
+(:mod:`fastload.engines.resident`); where all of them lie on the device as pixels, the loader makes batches without this engine's
+threads (:mod:`fastload.device_feed`).
 
 The host waits for the GPU in that one thread only; the consumer's stream waits for an event. Trade-off: what waits there holds up the
 batches behind it. Nothing here needs a GPU but CUDA's streams: with device "cpu" all of it runs with libjpeg-turbo and the kernels'
@@ -85,7 +85,7 @@ class CudaEngine:
         vram: int | None = None,
         ram: int | None = None,
     ) -> None:
-        self._device = _usable(torch.device(device))
+        self.device = _usable(torch.device(device))
         if plan.per_image:
             raise UsageError(
                 f"a GPU cannot run a Python function for each image ({plan.per_image[0]!r}); use engine='cpu'"
@@ -101,17 +101,17 @@ class CudaEngine:
         for name, budget in (("vram", vram), ("ram", ram)):
             if budget is not None and budget < 0:
                 raise UsageError(f"{name} is a number of bytes, 0 or more, got {budget}")
-        self._dataset, self._plan, self._dtype = dataset, plan, dtype
+        self._dataset, self._plan, self.dtype = dataset, plan, dtype
         self._batch_size, self._threads, self._prefetch = batch_size, threads, prefetch
-        self._paint = kb.Paint(np.array(plan.fill, np.uint8), plan.erase_fill, *plan.affine)
+        self.paint = kb.Paint(np.array(plan.fill, np.uint8), plan.erase_fill, *plan.affine)
         self._decoder: Decoder | None = None
-        self._resident: Resident | None = None
+        self.resident: Resident | None = None
         self._pending: deque[Staged] = deque()
-        self._cuda = self._device.type == "cuda"
+        self._cuda = self.device.type == "cuda"
         self._ring = Ring(self._cuda, prefetch + 3)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastload-cut")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastload-cuda")
-        self._stream = torch.cuda.Stream(self._device) if self._cuda else None
+        self.stream = torch.cuda.Stream(self.device) if self._cuda else None
         # Where the consumer's stream was at the last calls of collect().
         self._marks: deque[Any] = deque(maxlen=_AHEAD)
         self._closed = False
@@ -123,6 +123,12 @@ class CudaEngine:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether all images lie on the device as pixels, so that batches can be made without the host."""
+        cache = self.resident
+        return cache is not None and cache.on_device and bool(cache.holds(self._dataset.indices).all())
 
     # -- in --------------------------------------------------------------------------------------------------------
 
@@ -141,14 +147,12 @@ class CudaEngine:
         if size is None:
             y, x = spans[0][2].shapes[spans[0][1][0]].tolist()
             size = (y, x)
-        windows = _windows(table)
-        empty = (table.place[:, 2] <= 0) | (table.place[:, 3] <= 0)  # where nothing is placed all is fill
-        windows[empty] = 0, 0, 1, 1
+        windows, empty = table.windows()
         ready = empty
-        if self._resident is not None:
-            spans = self._resident.spans(bases, spans)
-            if self._resident.on_device:
-                ready = empty | self._resident.holds(bases)
+        if self.resident is not None:
+            spans = self.resident.spans(bases, spans)
+            if self.resident.on_device:
+                ready = empty | self.resident.holds(bases)
         repair = repair or self._executor(bases, table)
         self._pending.append(
             self._start(self._stager.begin(bases, spans, windows, size, repair, table, ready))
@@ -187,7 +191,7 @@ class CudaEngine:
         images: torch.Tensor
         images, event = batch.made.result()
         if event is not None:
-            consumer = torch.cuda.current_stream(self._device)
+            consumer = torch.cuda.current_stream(self.device)
             mark = torch.cuda.Event(blocking=True)  # its waiter sleeps
             mark.record(consumer)
             self._marks.append(mark)
@@ -210,10 +214,10 @@ class CudaEngine:
         self.drop()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._worker.shutdown(wait=True, cancel_futures=True)
-        if self._stream is not None:
-            self._stream.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
         self._ring.clear()
-        self._resident = self._decoder = None
+        self.resident = self._decoder = None
 
     # -- on the thread of the device -------------------------------------------------------------------------------
 
@@ -222,9 +226,9 @@ class CudaEngine:
         with self._loaded(batch) as (sources, origins):
             assert batch.table is not None
             rows = rows_of(batch, origins)
-            images = torch.empty((len(batch.bases), *batch.size, 3), dtype=self._dtype, device=self._device)
+            images = torch.empty((len(batch.bases), *batch.size, 3), dtype=self.dtype, device=self.device)
             planes = images.permute(0, 3, 1, 2)
-            gpu.crop(sources, rows, planes, self._paint)
+            gpu.crop(sources, rows, planes, self.paint)
             if batch.table.mix is not None and batch.table.mix_box is not None:
                 gpu.mix(planes, batch.table.mix, batch.table.mix_box)
         return images, (batch.events[0] if self._cuda else None)
@@ -242,17 +246,18 @@ class CudaEngine:
             if batch.after is not None:
                 # Else a host that is far ahead of its GPU would fill the memory with batches that are still to be used.
                 batch.after.synchronize()
-            with self._on_stream():
-                yield gather(batch, self._device, self._stager, self._decoder, self._resident)
+            with self.on_stream():
+                yield gather(batch, self.device, self._stager, self._decoder, self.resident)
         finally:
             if self._cuda:
                 event = torch.cuda.Event()
-                event.record(self._stream)
+                event.record(self.stream)
                 batch.events.append(event)
             self._stager.release(batch)
 
-    def _on_stream(self) -> Any:
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    def on_stream(self) -> Any:
+        """A context in which the engine's own stream is the current one."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     # -- who decodes -----------------------------------------------------------------------------------------------
 
@@ -265,12 +270,12 @@ class CudaEngine:
         if decode == AUTO and raw.all():
             return self._use(CPU, "there is nothing to decode in the images that were looked at")
         try:
-            self._decoder = find_decoder(self._device)
+            self._decoder = find_decoder(self.device)
         except UsageError as error:
             if decode == GPU:
                 raise
             return self._use(CPU, f"the CPU decodes, because {error}")
-        name = f"{self._decoder.name} on {self._device}"
+        name = f"{self._decoder.name} on {self.device}"
         if decode == GPU:
             return self._use(GPU, f"{name} decodes, as asked for")
         for way in (GPU, CPU):
@@ -317,7 +322,7 @@ class CudaEngine:
 
     def _synchronise(self) -> None:
         if self._cuda:
-            torch.cuda.synchronize(self._device)
+            torch.cuda.synchronize(self.device)
 
     # -- the cache -------------------------------------------------------------------------------------------------
 
@@ -325,17 +330,17 @@ class CudaEngine:
         """Set ``_resident``; returns what it keeps and why."""
         bases = resident.first_uses(self._dataset.indices)
         pixels, encoded, raw, shapes = resident.measure(self._dataset.spans, bases)
-        budget = resident.free_bytes(where, self._device) if budget is None else budget
+        budget = resident.free_bytes(where, self.device) if budget is None else budget
         choice = resident.choose(where, pixels, encoded, budget)
         if not choice.whole:
             warnings.warn(choice.text, stacklevel=4)
         as_pixels = choice.what != resident.ENCODED
         lengths = pixels if as_pixels else encoded
         mine = np.flatnonzero(lengths[: choice.count])  # a damaged sample has no length
-        with self._on_stream():  # its memory must not be some that another stream still reads
+        with self.on_stream():  # its memory must not be some that another stream still reads
             cache = Resident(
                 where,
-                self._device,
+                self.device,
                 int(bases.max(initial=-1)) + 1,
                 bases[mine],
                 lengths[mine],
@@ -351,7 +356,8 @@ class CudaEngine:
                     cache.memory.numpy()[int(cache.starts[bases[mine[row]]]) :][:size] = file[
                         start : start + size
                     ]
-        self._resident = cache
+        self._ring.clear()  # what decoding a whole dataset took
+        self.resident = cache
         return choice.text
 
     def _decode_into(self, cache: Resident, bases: np.ndarray, sizes: np.ndarray) -> None:
@@ -394,14 +400,6 @@ def _settle(parts: Sequence[Future[None]]) -> None:
             error = error or raised
     if error is not None:
         raise error
-
-
-def _windows(table: Table) -> np.ndarray:
-    """(B, 4) int64: the y0, x0, y1, x1 of the image that each crop reads; the triangle filter looks a (scaled) pixel further than its box."""
-    reach = np.maximum((table.box[:, 2:] - table.box[:, :2]) / np.maximum(table.place[:, 2:], 1), 1.0)
-    low = np.maximum(table.clip[:, :2], np.floor(table.box[:, :2] - reach).astype(np.int64))
-    high = np.minimum(table.clip[:, 2:], np.ceil(table.box[:, 2:] + reach).astype(np.int64))
-    return np.concatenate([low, high], axis=1)
 
 
 def _usable(device: torch.device) -> torch.device:
