@@ -22,15 +22,17 @@ ROUNDS = 3  # turns that they take
 
 @dataclass(frozen=True)
 class Choice:
-    """The fastest engine, images/s of each that was measured (the best of its turns), and why the others were not."""
+    """The fastest engine, images/s of each that was measured (the best of its turns; 0 for an only one), and why the others were not."""
 
     name: str
     rates: dict[str, float]
     left_out: dict[str, str]
 
     def __str__(self) -> str:
-        said = ", ".join(f"{name} {rate:,.0f} images/s" for name, rate in self.rates.items())
         out = "".join(f"; {name} not measured: {why}" for name, why in self.left_out.items())
+        if len(self.rates) == 1:  # and no speed is known of it
+            return f"engine {self.name!r} is the only one here{out}"
+        said = ", ".join(f"{name} {rate:,.0f} images/s" for name, rate in self.rates.items())
         return f"engine {self.name!r} is the fastest here ({said}{out})"
 
 
@@ -52,14 +54,14 @@ def choose(loaders: Mapping[str, Callable[[], Any]]) -> Choice:
         if len(made) > 1:
             for _ in range(ROUNDS):
                 for name, loader in made.items():
-                    rates[name] = max(rates[name], _rate(loader, SECONDS / ROUNDS))
+                    rates[name] = max(rates[name], rate(loader, SECONDS / ROUNDS))
     finally:
         for loader in made.values():
             loader.close()
     return Choice(max(rates, key=lambda name: rates[name]), rates, left_out)
 
 
-def _rate(loader: Any, seconds: float) -> float:
+def rate(loader: Any, seconds: float) -> float:
     """Images per second from the second batch on; the first one has the start in it."""
     images, begun = 0, 0.0
     for batch in loader:

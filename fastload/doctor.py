@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastload import __version__
+from fastload import __version__, doctor_engines
 from fastload.benchmarks import machine
+from fastload.errors import UsageError
 
 # (distribution, module, extra that installs it; "" is the core)
 PACKAGES = (
@@ -61,12 +62,23 @@ REINSTALL = "pip install --force-reinstall --no-cache-dir"
 
 
 def diagnose(
-    progress: Callable[[str, int, int], object] | None = None, *, seconds: float = TASK_SECONDS
+    progress: Callable[[str, int, int], object] | None = None,
+    *,
+    seconds: float = TASK_SECONDS,
+    measure: bool = True,
+    file: str | None = None,
 ) -> dict[str, Any]:
     """The whole report as a JSON-able dict; it never raises because something else is broken.
 
-    ``progress`` is called with (task, done, total); ``seconds`` is how long one task may hang.
+    ``progress`` is called with (task, done, total); ``seconds`` is how long one task may hang. ``measure=False`` leaves out "auto",
+    what engine="auto" measures on the ``.beton`` ``file`` or on made pictures. UsageError or DataError for a file that is none.
     """
+    if file is not None and not measure:
+        raise UsageError(
+            f"{file} is given to be measured, so leave out the file, or --no-measure (measure=False)"
+        )
+    if file is not None:
+        doctor_engines.check_file(run_tasks, file)
     core = [f"import:{module}" for _, module, extra in PACKAGES if not extra]
     extras = [f"import:{module}" for _, module, extra in PACKAGES if extra]
     # The extras come last: importing ffcv sets torch to one thread, and would spoil what is asked after it.
@@ -74,7 +86,7 @@ def diagnose(
     found = run_tasks(tasks, seconds=seconds, progress=progress)
     packages = {name: _package(name, module, extra, found) for name, module, extra in PACKAGES}
     gpu = _gpu(found["cuda"], packages["torch"])
-    return {
+    report: dict[str, Any] = {
         "fastload": __version__,
         "python": {"version": sys.version.split()[0], "executable": sys.executable},
         "packages": packages,
@@ -92,6 +104,11 @@ def diagnose(
         "gpu": gpu,
         "engines": _engines(found, packages, gpu),
     }
+    if measure:
+        if progress is not None:
+            progress("measure", len(tasks), len(tasks) + 1)
+        report["auto"] = doctor_engines.measured(run_tasks, file, report["engines"]["cpu"])
+    return report
 
 
 def _package(name: str, module: str, extra: str, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -294,6 +311,8 @@ def _work(task: str) -> Any:
     import importlib
 
     kind, _, name = task.partition(":")
+    if kind in doctor_engines.TASKS:
+        return doctor_engines.TASKS[kind](name)
     if kind == "import":
         return getattr(importlib.import_module(name), "__version__", None)
     return {"cpu": _work_cpu, "kernels": _work_kernels, "threads": _work_threads, "cuda": _work_cuda}.get(
@@ -421,6 +440,8 @@ def render(report: dict[str, Any]) -> str:
             lines.append(f"  {name:<5} works")
         else:
             lines += [f"  {name:<5} does not work: {entry['why']}", f"        cure: {entry['cure']}"]
+    if "auto" in report:
+        lines += ["", 'Engine "auto"', *doctor_engines.lines(report["auto"])]
     return "\n".join(lines)
 
 

@@ -248,7 +248,7 @@ def test_preview_of_one_class(run, small, tmp_path):
 # ---- bad files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["inspect", "verify", "preview"])
+@pytest.mark.parametrize("name", ["inspect", "verify", "preview", "doctor"])
 def test_files_that_cannot_be_opened(run, bad_files, tmp_path, name):
     out_path = tmp_path / "new" / "sheet.png"
     out_path.parent.mkdir()

@@ -73,6 +73,16 @@ def test_all_that_does_not_work_has_a_cure(report) -> None:
         assert entry["works"] or (entry["why"] and entry["cure"])
 
 
+def test_engine_auto_is_measured_on_a_sample(report) -> None:
+    auto = report["auto"]
+    assert auto["engine"] == max(auto["images_per_s"], key=auto["images_per_s"].get)
+    works = {name for name, entry in report["engines"].items() if entry["works"]}
+    assert set(auto["images_per_s"]) == works
+    assert auto["file"] is None
+    assert f"  takes {auto['engine']!r} here: {auto['engine']} " in report["text"]
+    assert "generated photographs" in report["text"]
+
+
 def test_the_kernel_cache_is_reported(report) -> None:
     assert os.path.isdir(report["kernels"]["cache"])
     assert report["kernels"]["writable"]
@@ -115,6 +125,8 @@ def test_the_command_survives_broken_dependencies(tmp_path: Path) -> None:
     assert report["packages"]["simplejpeg"]["cure"].endswith("simplejpeg")
     assert not report["engines"]["cpu"]["works"]
     assert report["engines"]["cpu"]["cure"].endswith("simplejpeg")
+    assert report["auto"]["engine"] is None
+    assert "libturbojpeg is broken" in report["auto"]["why"]
     assert "SIGABRT" in report["packages"]["torchvision"]["why"]
     assert report["packages"]["numpy"]["works"]
     assert "BROKEN" in done.stdout

@@ -179,6 +179,8 @@ def test_the_faster_one_is_chosen_and_all_are_closed():
     assert slow.closed and fast.closed
     assert "gpu not measured: it needs a GPU" in str(choice)
     assert isinstance(choice, Choice)
+    alone = choose({"slow": lambda: slow, "gpu": broken})
+    assert str(alone) == "engine 'slow' is the only one here; gpu not measured: it needs a GPU"
     with pytest.raises(UsageError, match="it needs a GPU"):
         choose({"gpu": broken})
 

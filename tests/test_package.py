@@ -84,6 +84,7 @@ LAYERS = {
     "benchmarks": 6,
     "demo": 7,
     "doctor": 7,
+    "doctor_engines": 7,
     "cli": 7,
     "__main__": 7,
 }

@@ -20,7 +20,7 @@ from fastload.errors import FastloadError, unknown
 # Order of the help page: the order in which a new user needs them.
 COMMANDS = {
     "demo": "The whole job on images that come with scikit-learn, under 3 minutes.",
-    "doctor": "Versions, CPU, GPU, which engines work here, and how to cure those that do not.",
+    "doctor": "Versions, CPU, GPU, which engines work here, the fastest, and the cure for those that do not.",
     "convert": "Images into one .beton file.",
     "inspect": "What is in a .beton file: fields, sizes, classes, storage.",
     "verify": "Check every checksum and decode every image.",
