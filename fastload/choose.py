@@ -62,15 +62,18 @@ def choose(loaders: Mapping[str, Callable[[], Any]]) -> Choice:
 
 
 def rate(loader: Any, seconds: float) -> float:
-    """Images per second from the second batch on; the first one has the start in it."""
-    images, begun = 0, 0.0
-    for batch in loader:
-        now = time.perf_counter()
-        if begun == 0.0:
-            begun = now
-            continue
-        images += len(batch.index)
-        if now - begun > seconds:
-            break
-    took = time.perf_counter() - begun
-    return images / took if images else 1e-9  # a single batch says nothing of speed
+    """Images per second from the second batch on, since the first one has the start in it; epoch after epoch where they are short."""
+    images, begun, now = -1, 0.0, 0.0
+    while now - begun <= seconds:
+        seen = images
+        for batch in loader:
+            now = time.perf_counter()
+            if images < 0:
+                images, begun = 0, now
+                continue
+            images += len(batch.index)
+            if now - begun > seconds:
+                break
+        if images == seen:  # no batch in an epoch
+            return 0.0
+    return images / (now - begun)

@@ -226,8 +226,8 @@ class DeviceFeed:
 def _on_host(drawn: _Drawn, start: int, stop: int) -> tuple[gpu.Sources, kb.Rows]:
     """Sources and table of some rows as arrays, from tensors in host memory."""
     pointers, shapes, strides, owners = drawn.sources
-    numbers = (values[start:stop].numpy() for values in (pointers, shapes, strides))
+    some = gpu.Sources(*(v[start:stop].numpy() for v in (pointers, shapes, strides)), owners=owners)
     table, no_colour = drawn.table, torch.empty((0, 3, 7))
     colour = no_colour if table.colour is None else table.colour
     columns = (table.place, table.box, table.clip, table.flips, colour, table.coloured, table.erase)
-    return gpu.Sources(*numbers, owners), kb.Rows(*(column[start:stop].numpy() for column in columns))
+    return some, kb.Rows(*(column[start:stop].numpy() for column in columns))

@@ -269,7 +269,7 @@ class Plan:
             if isinstance(spec, T.Grayscale):
                 along, across = (xp.where(active, 0.0, part) for part in (along, across))
                 continue
-            ranges = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
+            ranges: tuple[Any, ...] = (spec.brightness, spec.contrast, spec.saturation, spec.hue)
             brightness, contrast, saturation, hue = (
                 xp.where(active, low + u[:, 5 + k] * (high - low), 0.0 if k == 3 else 1.0)
                 for k, (low, high) in enumerate(ranges)

@@ -110,8 +110,8 @@ def crop(sources: Sources, table: Any, out: torch.Tensor, paint: Paint) -> None:
     _check(sources, table, out)
     if out.numel():
         packed = pack(sources, table, paint)
-        arrays = _upload(out.device, (packed.words, packed.reals, packed.paint))
-        render(Packed(*arrays, packed.means), out)
+        words, reals, colours = _upload(out.device, (packed.words, packed.reals, packed.paint))
+        render(Packed(words, reals, colours, packed.means), out)
 
 
 def render(packed: Packed, out: torch.Tensor) -> None:

@@ -152,15 +152,15 @@ def test_auto_measures_and_says_what_it_took(dali, photos):
 
 
 class _Fake:
-    """Batches of 10 that take ``seconds`` each."""
+    """Batches of 10 that take ``seconds`` each, so many in an epoch."""
 
-    def __init__(self, seconds):
-        self.seconds, self.closed = seconds, False
+    def __init__(self, seconds, batches=1000):
+        self.seconds, self.batches, self.closed = seconds, batches, False
 
     def __iter__(self):
         import time
 
-        for _ in range(1000):
+        for _ in range(self.batches):
             time.sleep(self.seconds)
             yield type("B", (), {"index": range(10)})
 
@@ -168,8 +168,10 @@ class _Fake:
         self.closed = True
 
 
-def test_the_faster_one_is_chosen_and_all_are_closed():
-    slow, fast = _Fake(0.02), _Fake(0.002)
+@pytest.mark.parametrize("batches", [1000, 1, 2])
+def test_the_faster_one_is_chosen_and_all_are_closed(batches):
+    """In epochs of one batch, too: a file can be so small."""
+    slow, fast = _Fake(0.02, batches), _Fake(0.002, batches)
 
     def broken():
         raise UsageError("it needs a GPU")
@@ -183,6 +185,7 @@ def test_the_faster_one_is_chosen_and_all_are_closed():
     assert str(alone) == "engine 'slow' is the only one here; gpu not measured: it needs a GPU"
     with pytest.raises(UsageError, match="it needs a GPU"):
         choose({"gpu": broken})
+    assert choose({"none": lambda: _Fake(0, 0), "fast": lambda: _Fake(0.002)}).name == "fast"
 
 
 @pytest.mark.parametrize(
