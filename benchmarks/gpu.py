@@ -47,6 +47,7 @@ PARTS: dict[str, tuple[str, float, Callable[..., Any]]] = {
     "models": ("Training of models on a synthetic batch", 85, gpu_parts.models),
     "stall": ("Time that a model waits for images", 65, gpu_loaders.stall),
 }
+SMALL_IMAGES = "32 px raw"
 BATCHES = 64  # of an epoch: images are repeated
 AIMS = {"resident_images_s": 500_000, "resident_of_copy": 0.4, "jpeg_images_s": 20_000, "jpeg_of_dali": 2.0, "stall_percent": 1.0}  # fmt: skip
 
@@ -90,8 +91,14 @@ class Rig:
         self.best: dict[str, str] | None = None  # None: the loaders were not measured
         self._stack = stack
 
+    def shape(self, name: str) -> gpu_loaders.Shape:
+        """What loaders make of a file: small images stay small, and come in larger batches."""
+        if name == SMALL_IMAGES:
+            return gpu_loaders.Shape(32, 2 * self.batch, self.cores)
+        return gpu_loaders.Shape(self.size, self.batch, self.cores)
+
     def make_files(self, data: str | None, scratch: Path, notes: list[str]) -> None:
-        """The three files: JPEG of at most 500 px and of 256 px, and pixels of the latter."""
+        """The four files: JPEG of at most 500 px and of 256 px, pixels of the latter, and of 32 px."""
         import fastload
         from fastload.benchmarks.photos import Photos
         from fastload.benchmarks.sample_photos import write_photos
@@ -104,9 +111,13 @@ class Rig:
         whole = photos.get("500")
         notes += [*photos.notes, *whole.notes]
         made = {"500 px JPEG": whole.beton}
-        for name, store in (("256 px JPEG", "jpeg"), ("256 px raw", "raw")):
-            made[name] = str(scratch / f"256-{store}.beton")
-            fastload.convert(whole.folder, made[name], store=store, max_side=256, workers=self.cores, progress=False)  # fmt: skip
+        for name, store, side in (
+            ("256 px JPEG", "jpeg", 256),
+            ("256 px raw", "raw", 256),
+            (SMALL_IMAGES, "raw", 32),
+        ):
+            made[name] = str(scratch / f"{side}-{store}.beton")
+            fastload.convert(whole.folder, made[name], store=store, max_side=side, workers=self.cores, progress=False)  # fmt: skip
         for name, path in made.items():
             machine.warm_cache(path)
             self.files[name] = self._stack.enter_context(fastload.open(path))

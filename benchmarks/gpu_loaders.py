@@ -199,7 +199,6 @@ def scaling(rig: Rig, seconds: float, notes: list[str]) -> Iterator[dict[str, An
 
 def loaders(rig: Rig, seconds: float, notes: list[str]) -> Iterator[dict[str, Any]]:
     """All loaders on all files, in turns for each file."""
-    shape = Shape(rig.size, rig.batch, rig.cores)
     files = list(rig.files)
     until = time.perf_counter() + seconds
     for number, name in enumerate(files):
@@ -207,7 +206,7 @@ def loaders(rig: Rig, seconds: float, notes: list[str]) -> Iterator[dict[str, An
         if late(rig, share, seconds):
             yield from (row(f"{name}, {TITLES[arm]}", engine=arm, arm=arm, file=name, reason="no time was left") for arm in ARMS)  # fmt: skip
             continue
-        yield from _on_file(rig, name, shape, max(share, 1.0))
+        yield from _on_file(rig, name, rig.shape(name), max(share, 1.0))
 
 
 def _on_file(rig: Rig, name: str, shape: Shape, seconds: float) -> Iterator[dict[str, Any]]:

@@ -28,7 +28,13 @@ from fastload.benchmarks.harness import MIN_ROUNDS, Series, interleave
 if TYPE_CHECKING:
     from fastload.benchmarks.gpu import Rig
 
-TEST_FILES = ("test_kernels_gpu.py", "test_engine_cuda.py", "test_engine_dali.py", "test_loader_engines.py")
+TEST_FILES = (
+    "test_kernels_gpu.py",
+    "test_device_feed.py",
+    "test_engine_cuda.py",
+    "test_engine_dali.py",
+    "test_loader_engines.py",
+)
 ARMS_OF_CUDA = ("cuda", "hybrid", "resident")
 NO_GPU = "no CUDA GPU here"
 DECODE_BATCH = 64
@@ -40,6 +46,8 @@ def engines_of(test: str) -> tuple[str, ...]:
     """The engines that a test, by its id, is about."""
     if "test_kernels_gpu" in test:
         return ("kernel", *ARMS_OF_CUDA)
+    if "test_device_feed" in test:
+        return ("resident",)
     if "test_engine_dali" in test:
         return ("dali",)
     if "test_engine_cuda" in test:

@@ -226,7 +226,7 @@ class DeviceFeed:
 def _on_host(drawn: _Drawn, start: int, stop: int) -> tuple[gpu.Sources, kb.Rows]:
     """Sources and table of some rows as arrays, from tensors in host memory."""
     pointers, shapes, strides, owners = drawn.sources
-    some = gpu.Sources(*(v[start:stop].numpy() for v in (pointers, shapes, strides)), owners=owners)
+    some = gpu.Sources(*[v[start:stop].numpy() for v in (pointers, shapes, strides)], owners)  # type: ignore[call-arg]
     table, no_colour = drawn.table, torch.empty((0, 3, 7))
     colour = no_colour if table.colour is None else table.colour
     columns = (table.place, table.box, table.clip, table.flips, colour, table.coloured, table.erase)

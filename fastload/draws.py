@@ -206,7 +206,7 @@ class Plan:
         mix, mix_box = self._mix(uniforms, heights, out_h, out_w, batch or max(count, 1))
         keys = None
         if self.per_image:
-            keys = (uniforms(_STREAM_PER_IMAGE, 4) * 4294967296.0).astype(np.uint32)
+            keys = np.asarray(uniforms(_STREAM_PER_IMAGE, 4) * 4294967296.0, np.uint32)
         return Table(box, clip, place, flips, colour, coloured, erase, mix, mix_box, keys)
 
     def _boxes(self, uniforms: Callable[[int, int], Any], heights: Any, widths: Any) -> tuple[Any, Any, Any]:

@@ -61,7 +61,7 @@ def test_the_command_runs_here(tmp_path):
                 assert one["check"]["passed"] is True, one
     assert parts["tests"]["reason"] == "left out by --skip"
     measured = {(one["file"], one["arm"]) for one in parts["loaders"]["rows"] if one["figure"] is not None}
-    files = ["500 px JPEG", "256 px JPEG", "256 px raw"]
+    files = ["500 px JPEG", "256 px JPEG", "256 px raw", "32 px raw"]
     assert {(file, "cpu") for file in files} <= measured
     arms = {(one["file"], one["arm"]) for one in parts["loaders"]["rows"]}
     assert {(file, arm) for file in files for arm in gpu_loaders.ARMS} <= arms
