@@ -145,11 +145,11 @@ class VerticalFlip:
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast, saturation and hue changed by random factors in random order, with probability ``p``.
+    """Brightness, contrast, saturation and hue changed by random factors, with probability ``p``.
 
     A number b means factors from max(0, 1 - b) to 1 + b (hue: -b to b turns, at most 0.5), a pair gives the range
     itself. All are linear in the pixel and in the image's mean, so they run as one matrix; values are cut to 0..255
-    once, at the end. Hue turns around the grey axis in YIQ, which is not HSV but close for small angles.
+    once, at the end, and so their order does not matter. Hue turns around the grey axis in YIQ, which is not HSV but close for small angles.
     """
 
     brightness: Range = 0.0
