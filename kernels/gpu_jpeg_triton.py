@@ -73,32 +73,47 @@ def entropy_kernel(
     lane = start + tl.arange(0, LANES)
     active = lane < tl.load(words + SEGMENTS_END)
     row = segments + 3 * lane
-    source = memory + tl.load(row, mask=active, other=0)
+    address = memory.to(tl.int64) + tl.load(row, mask=active, other=0)
     todo = tl.load(row + 1, mask=active, other=0)
     number = tl.load(row + 2, mask=active, other=0)
-    size, left, complete = todo.to(tl.int32), (todo >> 32).to(tl.int32), (number & 1) != 0
+    left, complete = (todo >> 32).to(tl.int32), (number & 1) != 0
     mcu = (number >> 1).to(tl.int32) * _word(words, INTERVAL)
     x, y = mcu % mcus_x - column, mcu // mcus_x - _word(words, ROW)
-
+    # Two bytes at a time, from an even address: at odd ones that is a byte of the marker or header in front of the segment, and at
+    # its end there may be one of the marker behind it. Neither is used.
     zero = tl.zeros([LANES], tl.int32)
+    odd = (address & 1).to(tl.int32)
+    source = (address - odd).to(tl.pointer_type(tl.int16))
+    size = todo.to(tl.int32) + odd
+    # All lines of the segments come to the cache at once, or a warp would wait for memory whenever one of its lanes meets a new one.
+    touched = zero
+    for ahead in range(0, tl.max(size, axis=0), 32):
+        touched += tl.load(source + (ahead >> 1), mask=active & (ahead < size), other=0)
+    active = active & (touched != -(2**31))  # never: it keeps the loads
+
     bits, have = zero.to(tl.int64), zero  # unread bits, the last `have` of a number, at most 64
-    at, before = zero, zero  # next byte, and the byte before it
+    at = zero  # bytes taken
+    pair = tl.load(source, mask=active & (size > 0), other=0).to(tl.int32)  # the next two
+    # A byte that is not ours looks like stuffing.
+    before, pair = tl.where(odd != 0, 255, 0), tl.where(odd != 0, pair & 0xFF00, pair)
     b, k, error = zero, zero, zero  # block of the MCU, coefficient of the block
     level_0, level_1, level_2 = zero, zero, zero  # DC of the component's last block
     while tl.max(active.to(tl.int32), axis=0) > 0:
         for _ in range(STEPS):
-            # Two bytes, of which 00 behind FF are stuffing. They are 0 behind the end, and where none are wanted.
+            # Of two bytes, 00 behind FF is stuffing. They are 0 behind the end, and where none are wanted.
             wanted = active & (have <= 48)
-            byte_0 = tl.load(source + at, mask=wanted & (at < size), other=0).to(tl.int32)
-            byte_1 = tl.load(source + at + 1, mask=wanted & (at + 1 < size), other=0).to(tl.int32)
-            stuffed_0, stuffed_1 = before == 255, byte_0 == 255
-            wrong = wanted & ((stuffed_0 & (byte_0 != 0)) | (stuffed_1 & (byte_1 != 0)))
+            byte_0 = tl.where(wanted, pair & 255, 0)
+            byte_1 = tl.where(wanted & (at + 1 < size), (pair >> 8) & 255, 0)
+            wrong = ((before == 255) & (byte_0 != 0)) | ((byte_0 == 255) & (byte_1 != 0))
             error |= tl.where(wrong, BAD_MARKER, 0)
             new_0, new_1 = tl.where(wanted & (before != 255), 8, 0), tl.where(wanted & (byte_0 != 255), 8, 0)
             bits = (bits << (new_0 + new_1)) | ((byte_0 << new_1) | byte_1)
             have += new_0 + new_1
             before = tl.where(wanted, byte_1, before)
             at += tl.where(wanted, 2, 0)
+            # Nothing waits for the next two until the next step.
+            kept = tl.where(wanted, 0, pair).to(tl.int16)
+            pair = tl.load(source + (at >> 1), mask=wanted & (at < size), other=kept).to(tl.int32)
 
             # A code is at most 16 bits, its value as many.
             ready = active & (have >= 32)
