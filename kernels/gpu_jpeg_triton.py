@@ -93,17 +93,17 @@ def entropy_kernel(
 
     bits, have = zero.to(tl.int64), zero  # unread bits, the last `have` of a number, at most 64
     at = zero  # bytes taken
-    pair = tl.load(source, mask=active & (size > 0), other=0).to(tl.int32)  # the next two
+    pair = tl.load(source, mask=active & (size > 0), other=0)  # the next two
     # A byte that is not ours looks like stuffing.
-    before, pair = tl.where(odd != 0, 255, 0), tl.where(odd != 0, pair & 0xFF00, pair)
+    before, pair = tl.where(odd != 0, 255, 0), tl.where(odd != 0, pair & -256, pair)
     b, k, error = zero, zero, zero  # block of the MCU, coefficient of the block
     level_0, level_1, level_2 = zero, zero, zero  # DC of the component's last block
     while tl.max(active.to(tl.int32), axis=0) > 0:
         for _ in range(STEPS):
             # Of two bytes, 00 behind FF is stuffing. They are 0 behind the end, and where none are wanted.
             wanted = active & (have <= 48)
-            byte_0 = tl.where(wanted, pair & 255, 0)
-            byte_1 = tl.where(wanted & (at + 1 < size), (pair >> 8) & 255, 0)
+            byte_0 = tl.where(wanted, pair.to(tl.int32) & 255, 0)
+            byte_1 = tl.where(wanted & (at + 1 < size), (pair.to(tl.int32) >> 8) & 255, 0)
             wrong = ((before == 255) & (byte_0 != 0)) | ((byte_0 == 255) & (byte_1 != 0))
             error |= tl.where(wrong, BAD_MARKER, 0)
             new_0, new_1 = tl.where(wanted & (before != 255), 8, 0), tl.where(wanted & (byte_0 != 255), 8, 0)
@@ -112,8 +112,8 @@ def entropy_kernel(
             before = tl.where(wanted, byte_1, before)
             at += tl.where(wanted, 2, 0)
             # Nothing waits for the next two until the next step.
-            kept = tl.where(wanted, 0, pair).to(tl.int16)
-            pair = tl.load(source + (at >> 1), mask=wanted & (at < size), other=kept).to(tl.int32)
+            kept = tl.where(wanted, 0, pair.to(tl.int32)).to(tl.int16)
+            pair = tl.load(source + (at >> 1), mask=wanted & (at < size), other=kept)
 
             # A code is at most 16 bits, its value as many.
             ready = active & (have >= 32)
