@@ -115,9 +115,7 @@ def _launch(memory: torch.Tensor, index: Index, packed: Packed, pixels: torch.Te
             num_warps=max(LANES // 32, 1) if LANES <= 256 else 8,
         )  # fmt: skip
         kernels.transform_kernel[(len(packed.blocks),)](words, blocks, coefficients, samples, BLOCKS)
-        kernels.colour_kernel[(len(packed.pixels),)](
-            words, tiles, samples.view(torch.uint8), pixels, PIXELS
-        )
+        kernels.colour_kernel[(len(packed.pixels),)](words, tiles, samples.view(torch.uint8), pixels, PIXELS)
     return errors
 
 

@@ -31,8 +31,7 @@ HALF_X, HALF_Y, FANCY_X, FANCY_Y = (
     tl.constexpr(c) for c in (gpu_jpeg.HALF_X, gpu_jpeg.HALF_Y, gpu_jpeg.FANCY_X, gpu_jpeg.FANCY_Y)
 )
 WINDOW, OUT, CHROMA, GREY, COLUMNS = (
-    tl.constexpr(c)
-    for c in (gpu_jpeg.WINDOW, gpu_jpeg.OUT, gpu_jpeg.CHROMA, gpu_jpeg.GREY, gpu_jpeg.COLUMNS)
+    tl.constexpr(c) for c in (gpu_jpeg.WINDOW, gpu_jpeg.OUT, gpu_jpeg.CHROMA, gpu_jpeg.GREY, gpu_jpeg.COLUMNS)
 )
 BAD_CODE, OVERRUN, TOO_MUCH, BAD_MARKER = (
     tl.constexpr(c) for c in (gpu_jpeg.BAD_CODE, gpu_jpeg.OVERRUN, gpu_jpeg.TOO_MUCH, gpu_jpeg.BAD_MARKER)
@@ -46,9 +45,7 @@ def _word(words, column):
 
 
 @triton.jit
-def entropy_kernel(
-    memory, words, segments, lanes, huffman, quant, coefficients, errors, LANES: tl.constexpr
-):
+def entropy_kernel(memory, words, segments, lanes, huffman, quant, coefficients, errors, LANES: tl.constexpr):
     """Decode a segment in each lane, and store what is not 0 of the blocks under the window, dequantised, to ``coefficients``.
 
     One step of the loop is one Huffman symbol, whatever it is and to whichever block it belongs, so that no lane waits for
