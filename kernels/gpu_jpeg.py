@@ -31,7 +31,7 @@ import numpy as np
 
 from fastload.kernels import gpu
 from fastload.kernels.jit import kernel
-from fastload.kernels.jpeg_index import AC, DC, QUANT, Index, index_of
+from fastload.kernels.jpeg_index import Index, index_of
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,8 @@ __all__ = ["BAD_CODE", "BAD_MARKER", "OVERRUN", "REASONS", "TOO_MUCH", "Index", 
 
 LANES = 32  # segments of a program: one warp, as what a lane waits for holds up its warp only
 BLOCKS = 128  # blocks of a program, one for each lane
-PIXELS = 256  # pixels of a program
+PIXELS = 1024  # pixels of a program
+_RANKS = 128  # lengths of segments that are told apart
 
 # Bits of an image's error flag.
 BAD_CODE, OVERRUN, TOO_MUCH, BAD_MARKER = 1, 2, 4, 8
@@ -62,10 +63,11 @@ class Packed(NamedTuple):
     """What is to be done, as the kernels read it. The arrays are int64."""
 
     words: np.ndarray  # (B, COLUMNS), see pack
-    segments: np.ndarray  # (S, 3): place of the first byte; MCUs to decode << 32 | bytes; number in the image << 1 | all of its MCUs
-    lanes: np.ndarray  # (P, 2): image and first segment of each program
-    blocks: np.ndarray  # (P, 2): image and first block
-    pixels: np.ndarray  # (P, 2): image and first pixel
+    segments: np.ndarray  # (S, 2): place of the first byte; number in the image << 33 | whether these are all of its MCUs << 32
+    # | MCUs to decode << 16 | bytes: both are 16 bits in a JPEG and in our index of it
+    lanes: np.ndarray  # (P,): image << 32 | first segment of each program
+    blocks: np.ndarray  # (P,): the same with the first block
+    pixels: np.ndarray  # (P,): and with the first pixel
     coefficients: int  # blocks, of 64 int16
     samples: int  # bytes
     bytes: int  # of pixels
@@ -154,18 +156,20 @@ def pack(index: Index, images: np.ndarray, windows: np.ndarray, size: int) -> Pa
     words[:, PLANE], samples = _places(blocks * 64, 64)
     words[:, OUT], total = _places(pixels * 3, 16)
 
-    most = int((many[:, 0] * ((many[:, 1] - 1) // np.maximum(interval, 1) + 2)).sum())
-    segments, found = np.empty((most, 3), np.int64), np.empty(count, np.int64)
+    # An upper bound of segments, whether or not they end with the rows.
+    most = many[:, 0] * ((many[:, 1] - 1) // np.maximum(interval, 1) + 2)
+    room, found = np.empty((int(most.max(initial=0)), 2), np.int64), np.empty(count, np.int64)
+    segments = np.empty((int(most.sum()), 2), np.int64)
     used = _select(
-        index.segments, index.first[images], index.starts[images], grid.prod(1), words, segments, found
+        index.segments, index.first[images], index.starts[images], grid.prod(1), words, room, segments, found
     )
     segments = segments[:used]
     ends = np.cumsum(found)
     words[:, SEGMENTS_END] = ends
-    if used and int((segments[:, 0] + (segments[:, 1] & 0xFFFFFFFF)).max()) > size:
+    if used and int((segments[:, 0] + (segments[:, 1] & 0xFFFF)).max()) > size:
         raise ValueError(f"the index is of more data than the {size} bytes of this memory")
     lanes = _programs(found, LANES)
-    lanes[:, 1] += (ends - found)[lanes[:, 0]]
+    lanes += (ends - found)[lanes >> 32]
     return Packed(
         words, segments, lanes, _programs(blocks, BLOCKS), _programs(pixels, PIXELS), coefficients, samples, total
     )  # fmt: skip
@@ -178,46 +182,65 @@ def _places(sizes: np.ndarray, unit: int) -> tuple[np.ndarray, int]:
 
 
 def _programs(sizes: np.ndarray, width: int) -> np.ndarray:
-    """(P, 2) int64: image and first element of the programs that do ``sizes`` (B,) elements, ``width`` each."""
+    """(P,) int64: image << 32 | first element of the programs that do ``sizes`` (B,) elements, ``width`` each."""
     programs = -(-sizes // width)
-    image = np.repeat(np.arange(len(sizes)), programs)
-    before = np.repeat(np.cumsum(programs) - programs, programs)
-    return np.stack([image, (np.arange(len(image)) - before) * width], axis=1)
+    first = np.arange(len(sizes)) << 32
+    first -= (np.cumsum(programs) - programs) * width
+    made = np.repeat(first, programs)
+    made += np.arange(len(made)) * width
+    return made
 
 
 @kernel
-def _select(begins, first, starts, totals, words, segments, found):
-    """Fill ``segments`` (n, 3) with those under each image's MCUs, long ones first, and ``found`` (B,) with how many; returns all."""
+def _select(begins, first, starts, totals, words, room, segments, found):
+    """Fill ``segments`` (n, 2) with those under each image's MCUs, long ones first, and ``found`` (B,) with how many; returns all.
+
+    ``room`` (m, 2) int64 is memory for an image's segments.
+    """
     used = np.int64(0)
+    rank = np.empty(_RANKS + 1, np.int64)
     for i in range(first.size):
-        began = used
         interval, across = words[i, INTERVAL], words[i, MCUS_X]
         left, top = words[i, COLUMN], words[i, ROW]
         right, bottom = left + words[i, MCUS], top + words[i, MCUS_DOWN]
         behind = np.int64(0)  # the segment behind the last one that is taken
+        count, longest = np.int64(0), np.int64(1)
         for row in range(top, bottom):
-            start = max((row * across + left) // interval, behind)
-            behind = (row * across + right - 1) // interval + 1
+            base = row * across
+            start = max((base + left) // interval, behind)
+            behind = (base + right - 1) // interval + 1
             for number in range(start, behind):
                 at = first[i] + number
                 mcu, end = number * interval, min((number + 1) * interval, totals[i])
                 # The last of its MCUs that is wanted: none behind it is decoded.
-                y, x = (end - 1) // across, (end - 1) % across
-                if y >= bottom:
-                    y, x = bottom - 1, right - 1
-                elif x >= right:
-                    x = right - 1
-                elif x < left:
-                    y, x = y - 1, right - 1
-                wanted = y * across + x + 1 - mcu
-                segments[used, 0] = starts[i] + np.int64(begins[at])
-                segments[used, 1] = wanted << 32 | (np.int64(begins[at + 1]) - np.int64(begins[at]) - 2)
-                segments[used, 2] = number << 1 | (wanted == end - mcu)
-                used += 1
-        # Lanes of a warp wait for one another: neighbours should have as much to do.
-        order = np.argsort(-(segments[began:used, 1] & 0xFFFFFFFF))
-        segments[began:used] = segments[began:used][order]
-        found[i] = used - began
+                wanted = min(end, base + right)
+                if end > base + across:  # it goes on in other rows
+                    y, x = (end - 1) // across, (end - 1) % across
+                    if y >= bottom:
+                        y, x = bottom - 1, right - 1
+                    elif x >= right:
+                        x = right - 1
+                    elif x < left:
+                        y, x = y - 1, right - 1
+                    wanted = y * across + x + 1
+                size = np.int64(begins[at + 1]) - np.int64(begins[at]) - 2
+                longest = max(longest, size)
+                room[count, 0] = starts[i] + np.int64(begins[at])
+                room[count, 1] = number << 33 | np.int64(wanted == end) << 32 | (wanted - mcu) << 16 | size
+                count += 1
+        # Lanes of a warp wait for one another: neighbours should have about as much to do.
+        rank[:] = 0
+        for k in range(count):
+            rank[_RANKS - ((room[k, 1] & 0xFFFF) * (_RANKS - 1)) // longest] += 1
+        for k in range(_RANKS):
+            rank[k + 1] += rank[k]
+        for k in range(count):
+            bucket = _RANKS - ((room[k, 1] & 0xFFFF) * (_RANKS - 1)) // longest - 1
+            to = used + rank[bucket]
+            segments[to, 0], segments[to, 1] = room[k, 0], room[k, 1]
+            rank[bucket] += 1
+        used += count
+        found[i] = count
     return used
 
 

@@ -44,9 +44,9 @@ def decode(memory: torch.Tensor, index: g.Index, packed: g.Packed, pixels: torch
 @kernel
 def _segment(data, words, segment, huffman, quant, blocks):
     """Decode a row of Packed.segments to ``blocks`` (n, 64) int16, zeros, MCU by MCU; bits of REASONS."""
-    at, end = segment[0], segment[0] + (segment[1] & 0xFFFFFFFF)
-    left, complete = segment[1] >> 32, segment[2] & 1
-    mcu = (segment[2] >> 1) * words[g.INTERVAL]
+    at, end = segment[0], segment[0] + (segment[1] & 0xFFFF)
+    left, complete = (segment[1] >> 16) & 0xFFFF, (segment[1] >> 32) & 1
+    mcu = (segment[1] >> 33) * words[g.INTERVAL]
     bits, have, spare = np.int64(0), np.int64(0), np.int64(0)
     levels = np.zeros(3, np.int64)
     while left > 0:

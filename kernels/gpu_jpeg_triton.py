@@ -52,8 +52,8 @@ def entropy_kernel(memory, words, segments, lanes, huffman, quant, coefficients,
     the others' blocks. It ends: a lane that has 32 bits takes one or more of them or stops, one that has not reads two bytes; behind
     its end it reads zeros, and stops when it has taken one.
     """
-    program = tl.program_id(0)
-    image, start = tl.load(lanes + 2 * program), tl.load(lanes + 2 * program + 1)
+    program = tl.load(lanes + tl.program_id(0))
+    image, start = program >> 32, program & 0xFFFFFFFF
     words += image * COLUMNS
     mcu_blocks, luma = _word(words, MCU_BLOCKS), _word(words, LUMA)
     mcus, mcus_down, mcus_x = _word(words, MCUS), _word(words, MCUS_DOWN), _word(words, MCUS_X)
@@ -69,19 +69,18 @@ def entropy_kernel(memory, words, segments, lanes, huffman, quant, coefficients,
 
     lane = start + tl.arange(0, LANES)
     active = lane < tl.load(words + SEGMENTS_END)
-    row = segments + 3 * lane
+    row = segments + 2 * lane
     address = memory.to(tl.int64) + tl.load(row, mask=active, other=0)
     todo = tl.load(row + 1, mask=active, other=0)
-    number = tl.load(row + 2, mask=active, other=0)
-    left, complete = (todo >> 32).to(tl.int32), (number & 1) != 0
-    mcu = (number >> 1).to(tl.int32) * _word(words, INTERVAL)
+    left, complete = (todo >> 16).to(tl.int32) & 0xFFFF, ((todo >> 32) & 1) != 0
+    mcu = (todo >> 33).to(tl.int32) * _word(words, INTERVAL)
     x, y = mcu % mcus_x - column, mcu // mcus_x - _word(words, ROW)
     # Two bytes at a time, from an even address: at odd ones that is a byte of the marker or header in front of the segment, and at
     # its end there may be one of the marker behind it. Neither is used.
     zero = tl.zeros([LANES], tl.int32)
     odd = (address & 1).to(tl.int32)
     source = (address - odd).to(tl.pointer_type(tl.int16))
-    size = todo.to(tl.int32) + odd
+    size = (todo & 0xFFFF).to(tl.int32) + odd
     # All lines of the segments come to the cache at once, or a warp would wait for memory whenever one of its lanes meets a new one.
     touched = zero
     for ahead in range(0, tl.max(size, axis=0), 32):
@@ -226,8 +225,8 @@ def _row(to, used, x0, x1, x2, x3, x4, x5, x6, x7):
 @triton.jit
 def transform_kernel(words, blocks, coefficients, samples, BLOCKS: tl.constexpr):
     """The samples of a block in each lane, to their place in the planes of ``samples``, int64 of 8 samples."""
-    program = tl.program_id(0)
-    image, start = tl.load(blocks + 2 * program), tl.load(blocks + 2 * program + 1)
+    program = tl.load(blocks + tl.program_id(0))
+    image, start = program >> 32, program & 0xFFFFFFFF
     words += image * COLUMNS
     mcu_blocks, luma, mcus = _word(words, MCU_BLOCKS), _word(words, LUMA), _word(words, MCUS)
     mcus_down, half_x, half_y = _word(words, MCUS_DOWN), _word(words, HALF_X), _word(words, HALF_Y)
@@ -274,8 +273,8 @@ def _upsampled(plane, near, beside, below, across, used, weight_y, weight_x, bia
 @triton.jit
 def colour_kernel(words, pixels, samples, out, PIXELS: tl.constexpr):
     """A pixel of the window in each lane: chroma upsampled as libjpeg's "fancy" way does, YCbCr to RGB in 16 bits of fraction."""
-    program = tl.program_id(0)
-    image, start = tl.load(pixels + 2 * program), tl.load(pixels + 2 * program + 1)
+    program = tl.load(pixels + tl.program_id(0))
+    image, start = program >> 32, program & 0xFFFFFFFF
     words += image * COLUMNS
     mcus, mcus_down = _word(words, MCUS), _word(words, MCUS_DOWN)
     half_x, half_y = _word(words, HALF_X), _word(words, HALF_Y)

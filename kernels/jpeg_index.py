@@ -61,7 +61,7 @@ def index_of(data: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Index:
     ok, facts = np.zeros(count, bool), np.zeros((count, 8), np.int32)
     first, tables = np.zeros(count, np.int64), np.zeros((count, 9), np.int32)
     kept, total = [np.zeros(0, np.uint32)], 0
-    huffman, quant = _Shared(_lookup), _Shared(_steps)
+    shared = _Shared(_lookup), _Shared(_steps)
     info, places = np.empty(jpeg.INFO_SIZE, np.int64), np.empty((9, 2), np.int64)
     for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist())):
         if start < 0 or size < 0 or start + size > len(data):
@@ -69,31 +69,33 @@ def index_of(data: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Index:
         piece = data[start : start + size]
         if not _read(piece, info, places):
             continue
-        mcus, interval = int(info[jpeg.MCUS_X] * info[jpeg.MCUS_Y]), int(info[jpeg.INTERVAL])
-        number = -(-mcus // interval)
+        known = info.tolist()
+        grid, interval = known[jpeg.MCUS_Y] * known[jpeg.MCUS_X], known[jpeg.INTERVAL]
+        number = -(-grid // interval)
         # A segment has a byte and a marker at least, so that a header alone cannot ask for much memory.
-        if 3 * number > size or 3 * mcus * int(info[jpeg.MCU_H] * info[jpeg.MCU_W]) >= _MOST:
+        if 3 * number > size or 3 * grid * known[jpeg.MCU_H] * known[jpeg.MCU_W] >= _MOST:
             continue
         begins = np.empty(number + 1, np.uint32)
         if not _find(piece, info, begins):
             continue
-        # A grey image has one component's tables three times.
-        parts = [piece[a:b].tobytes() for a, b in places.tolist()]
-        found = [huffman.place(bytes([column < AC]) + part) for column, part in enumerate(parts[:QUANT])]
-        found += [quant.place(part) for part in parts[QUANT:]]
-        if min(found) < 0:
+        # Of grey images, and where red has the tables of blue, one definition is looked up once.
+        parts = [(a, b, kind) for (a, b), kind in zip(places.tolist(), b"\1\1\1\0\0\0\2\2\2")]
+        found = {
+            (a, b, kind): shared[kind == 2].place(piece[a:b].tobytes(), kind) for a, b, kind in set(parts)
+        }
+        if min(found.values()) < 0:
             continue
-        ok[i], first[i], tables[i] = True, total, found
+        ok[i], first[i], tables[i] = True, total, [found[part] for part in parts]
         facts[i] = [
-            *(info[jpeg.HEIGHT], info[jpeg.WIDTH], info[jpeg.COMPONENTS]),
-            *(info[jpeg.MCU_H] // 8, info[jpeg.MCU_W] // 8, info[jpeg.MCUS_Y], info[jpeg.MCUS_X], interval),
+            *(known[jpeg.HEIGHT], known[jpeg.WIDTH], known[jpeg.COMPONENTS]),
+            *(known[jpeg.MCU_H] // 8, known[jpeg.MCU_W] // 8, known[jpeg.MCUS_Y], known[jpeg.MCUS_X], interval),
         ]
         kept.append(begins)
         total += number + 1
     return Index(
         ok, starts, facts[:, :2].copy(), facts[:, 2].astype(np.uint8), facts[:, 3:5].astype(np.uint8),
         facts[:, 5:7].copy(), facts[:, 7].copy(), first, np.concatenate(kept), tables,
-        huffman.joined(np.int16), quant.joined(np.int32),
+        shared[0].joined(np.int16), shared[1].joined(np.int32),
     )  # fmt: skip
 
 
@@ -102,21 +104,21 @@ class _Shared:
 
     def __init__(self, build: Any) -> None:
         self.build = build
-        self.known: dict[bytes, int] = {}
+        self.known: dict[tuple[bytes, int], int] = {}
         self.parts: list[np.ndarray] = []
         self.size = 0
 
-    def place(self, definition: bytes) -> int:
+    def place(self, definition: bytes, kind: int) -> int:
         """Where the table begins, -1 if it is none."""
-        at = self.known.get(definition)
+        at = self.known.get((definition, kind))
         if at is None:
-            table = self.build(np.frombuffer(definition, np.uint8))
+            table = self.build(np.frombuffer(definition, np.uint8), kind)
             at = -1
             if len(table) and self.size + len(table) < _MOST:
                 at = self.size
                 self.parts.append(table)
                 self.size += len(table)
-            self.known[definition] = at
+            self.known[definition, kind] = at
         return at
 
     def joined(self, dtype: Any) -> np.ndarray:
@@ -124,33 +126,32 @@ class _Shared:
         return np.concatenate([np.zeros(0, dtype), *self.parts]).astype(dtype, copy=False)
 
 
-def _steps(body: np.ndarray) -> np.ndarray:
+def _steps(body: np.ndarray, kind: int) -> np.ndarray:
     """(64,) int32 of a quantisation table of 64 bytes or 64 words, most significant byte first."""
     values = (body if len(body) == 64 else body.view(">u2")).astype(np.int32)
     return (values << 11) | (ZIGZAG.astype(np.int32) << 5)
 
 
-def _lookup(definition: np.ndarray) -> np.ndarray:
-    """(entries,) int16 of a Huffman table: whether it is for DC, 16 counts, symbols. Empty if it is no prefix code."""
+def _lookup(definition: np.ndarray, kind: int) -> np.ndarray:
+    """(entries,) int16 of a Huffman table of 16 counts and its symbols; ``kind`` 1: for DC. Empty if it is no prefix code."""
     out = np.zeros(_ROOM, np.uint16)
-    used = _build(definition, out)
+    used = _build(definition, kind == 1, out)
     return out[: max(used, 0)].view(np.int16)
 
 
 @kernel
-def _build(definition, out):
+def _build(definition, dc, out):
     """Fill ``out`` (_ROOM,) uint16, zeros, as LONG says; entries used, or -1."""
     used = np.int64(1 << _FIRST)
     # The bits that follow a prefix of 8 are those of its longest code, which is its last one.
-    code, k = np.int64(0), 17
     longest = np.zeros(1 << _FIRST, np.int64)
     for again in range(2):
-        code, k = np.int64(0), 17
+        code, k = np.int64(0), 16
         for length in range(1, 17):
-            for _ in range(definition[length]):
+            for _ in range(definition[length - 1]):
                 symbol = np.int64(definition[k])
                 # No code may be ones only, and no DC difference has more than 11 bits.
-                if code >= (1 << length) - 1 or (definition[0] and symbol > 11):
+                if code >= (1 << length) - 1 or (dc and symbol > 11):
                     return np.int64(-1)
                 k += 1
                 prefix = code << _FIRST >> length if length <= _FIRST else code >> (length - _FIRST)

@@ -137,8 +137,8 @@ def test_only_segments_under_the_window_are_read(plain):
     assert len(packed.segments) < (len(index.segments) - 1) / 2
     before, errors = cases.decode(memory, index, rows, box, "cpu", True)
     other = bytearray(b"\xff" * len(memory))
-    for at, size, _ in packed.segments.tolist():
-        size &= 0xFFFFFFFF
+    for at, facts in packed.segments.tolist():
+        size = facts & 0xFFFF
         other[at : at + size] = memory[at : at + size]
     after, wrong = cases.decode(bytes(other), index, rows, box, "cpu", True)
     assert not errors.any() and not wrong.any()
@@ -220,10 +220,10 @@ def test_lookup_tables_decode_every_code():
             most = int(min(room * 2**length - 1, 256 - counts.sum()))
             counts[length - 1] = rng.integers(0, max(most, 0) + 1) if rng.random() < 0.6 else 0
             room -= counts[length - 1] / 2**length
-        definition = np.concatenate([[0], counts, symbols[: counts.sum()]]).astype(np.uint8)
+        definition = np.concatenate([counts, symbols[: counts.sum()]]).astype(np.uint8)
         if counts.max() > 255:
             continue
-        table = _lookup(definition).view(np.uint16)
+        table = _lookup(definition, 0).view(np.uint16)
         code, k = 0, 0
         for length in range(1, 17):
             for _ in range(counts[length - 1]):
@@ -236,13 +236,9 @@ def test_lookup_tables_decode_every_code():
                 code, k = code + 1, k + 1
             code <<= 1
         assert len(table) < 2048
-    full = np.zeros(17, np.uint8)
-    full[1] = 2
-    assert len(_lookup(np.concatenate([full, [1, 2]]).astype(np.uint8))) == 0  # a code of ones only
-    full[1] = 1
-    assert (
-        len(_lookup(np.concatenate([[1], full[1:], [12]]).astype(np.uint8))) == 0
-    )  # a DC difference of 12 bits
+    ones, eleven = np.array([2] + [0] * 15 + [1, 2], np.uint8), np.array([1] + [0] * 15 + [12], np.uint8)
+    assert len(_lookup(ones, 0)) == 0  # a code of ones only
+    assert len(_lookup(eleven, 0)) == 256 and len(_lookup(eleven, 1)) == 0  # a DC difference of 12 bits
 
 
 def test_wrong_calls_are_refused():
