@@ -40,7 +40,7 @@ __all__ = ["BAD_CODE", "BAD_MARKER", "OVERRUN", "REASONS", "TOO_MUCH", "Index", 
 
 LANES = 32  # segments of a program: one warp, as what a lane waits for holds up its warp only
 BLOCKS = 128  # blocks of a program, one for each lane
-PIXELS = 1024  # pixels of a program
+PIXELS = 512  # pixels of a program: more would want more registers
 _RANKS = 128  # lengths of segments that are told apart
 
 # Bits of an image's error flag.
@@ -63,7 +63,9 @@ class Packed(NamedTuple):
     """What is to be done, as the kernels read it. The arrays are int64."""
 
     words: np.ndarray  # (B, COLUMNS), see pack
-    segments: np.ndarray  # (S, 2): place of the first byte; number in the image << 33 | whether these are all of its MCUs << 32
+    segments: (
+        np.ndarray
+    )  # (S, 2): place of the first byte; number in the image << 33 | whether these are all of its MCUs << 32
     # | MCUs to decode << 16 | bytes: both are 16 bits in a JPEG and in our index of it
     lanes: np.ndarray  # (P,): image << 32 | first segment of each program
     blocks: np.ndarray  # (P,): the same with the first block
@@ -114,7 +116,7 @@ def _launch(memory: torch.Tensor, index: Index, packed: Packed, pixels: torch.Te
     with gpu._on(memory):
         kernels.entropy_kernel[(len(packed.lanes),)](
             memory, words, segments, lanes, index.huffman, index.quant, coefficients, errors, LANES,
-            num_warps=max(LANES // 32, 1) if LANES <= 256 else 8,
+            num_warps=max(LANES // 32, 1),
         )  # fmt: skip
         kernels.transform_kernel[(len(packed.blocks),)](words, blocks, coefficients, samples, BLOCKS)
         kernels.colour_kernel[(len(packed.pixels),)](words, tiles, samples.view(torch.uint8), pixels, PIXELS)

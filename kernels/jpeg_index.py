@@ -88,7 +88,13 @@ def index_of(data: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Index:
         ok[i], first[i], tables[i] = True, total, [found[part] for part in parts]
         facts[i] = [
             *(known[jpeg.HEIGHT], known[jpeg.WIDTH], known[jpeg.COMPONENTS]),
-            *(known[jpeg.MCU_H] // 8, known[jpeg.MCU_W] // 8, known[jpeg.MCUS_Y], known[jpeg.MCUS_X], interval),
+            *(
+                known[jpeg.MCU_H] // 8,
+                known[jpeg.MCU_W] // 8,
+                known[jpeg.MCUS_Y],
+                known[jpeg.MCUS_X],
+                interval,
+            ),
         ]
         kept.append(begins)
         total += number + 1
