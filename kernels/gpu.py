@@ -110,7 +110,7 @@ def crop(sources: Sources, table: Any, out: torch.Tensor, paint: Paint) -> None:
     _check(sources, table, out)
     if out.numel():
         packed = pack(sources, table, paint)
-        words, reals, colours = _upload(out.device, (packed.words, packed.reals, packed.paint))
+        words, reals, colours = upload(out.device, (packed.words, packed.reals, packed.paint))
         render(Packed(words, reals, colours, packed.means), out)
 
 
@@ -153,7 +153,7 @@ def mix(images: torch.Tensor, weights: Any, boxes: Any) -> None:
     kernels = triton_kernels("gpu_triton")
     box, share = boxes, weights
     if isinstance(boxes, np.ndarray):
-        box, share = _upload(images.device, (boxes.astype(np.int64), weights.astype(np.float32)))
+        box, share = upload(images.device, (boxes.astype(np.int64), weights.astype(np.float32)))
     with on_device(images):
         kernels.mix_kernel[(-(-3 * height * width // BLOCK), pairs)](
             images, share, box, len(images), height, width, last, not images.is_floating_point(), BLOCK
@@ -279,7 +279,7 @@ def triton_kernels(name: str) -> Any:
         ) from error
 
 
-def _upload(device: torch.device, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+def upload(device: torch.device, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
     """Arrays (int64 before float32) on the device, by one copy that the host does not wait for."""
     import torch
 

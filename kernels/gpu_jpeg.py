@@ -25,7 +25,7 @@ torch and Triton are imported when something runs. On tensors in host memory the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -108,12 +108,12 @@ def _launch(memory: torch.Tensor, index: Index, packed: Packed, pixels: torch.Te
     errors = memory.new_zeros(len(packed.words), dtype=torch.int32)
     if not len(packed.words):
         return errors
-    kernels = _kernels()
-    words, segments, lanes, blocks, tiles = gpu._upload(memory.device, packed[:5])
+    kernels = gpu.triton_kernels("gpu_jpeg_triton")
+    words, segments, lanes, blocks, tiles = gpu.upload(memory.device, packed[:5])
     coefficients = memory.new_zeros(packed.coefficients * 64, dtype=torch.int16)
     # Eight samples of a row are one number, which is stored at once.
     samples = memory.new_empty(packed.samples // 8, dtype=torch.int64)
-    with gpu._on(memory):
+    with gpu.on_device(memory):
         kernels.entropy_kernel[(len(packed.lanes),)](
             memory, words, segments, lanes, index.huffman, index.quant, coefficients, errors, LANES,
             num_warps=max(LANES // 32, 1),
@@ -244,17 +244,6 @@ def _select(begins, first, starts, totals, words, room, segments, found):
         used += count
         found[i] = count
     return used
-
-
-def _kernels() -> Any:
-    try:
-        from fastload.kernels import gpu_jpeg_triton
-    except ImportError as error:
-        raise ImportError(
-            f"decoding JPEGs on the GPU needs Triton, which cannot be imported ({error}); "
-            "torch's wheels for Linux with CUDA bring it, or install it with: pip install triton"
-        ) from error
-    return gpu_jpeg_triton
 
 
 def _check(index: Index, images: np.ndarray, windows: np.ndarray) -> None:
