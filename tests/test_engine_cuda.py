@@ -23,6 +23,7 @@ from fastload.draws import Plan
 from fastload.engines import cuda, gpu_decode, resident, staging
 from fastload.engines.cpu import Engine
 from fastload.engines.cuda import CudaEngine
+from fastload.engines.encoded import Encoded
 from fastload.errors import CorruptError, UsageError
 from fastload.kernels import pixels
 
@@ -341,7 +342,15 @@ def damaged(picture, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"decode": "cpu"}, {"cache": "device", "vram": 10**6}, {"cache": "host", "ram": 10**6}]
+    "options",
+    [
+        {},
+        {"decode": "cpu"},
+        {"decode": "segments"},
+        {"cache": "device", "vram": 10**6},
+        {"cache": "device", "vram": 60_000},  # encoded
+        {"cache": "host", "ram": 10**6},
+    ],
 )
 def test_corrupt_samples_are_named_or_repaired(damaged, make, options):
     plan = Plan((T.Resize(48), T.CenterCrop(40), T.Normalize()))
@@ -490,12 +499,12 @@ def test_auto_measures_both_and_says_so(small, beton_file, make, monkeypatch):
     ds, plan = dataset.open(small), Plan((T.RandomResizedCrop(20),))
     engine = make(ds, plan, decode="auto")
     assert set(engine.rates) == {"gpu", "cpu"} and min(engine.rates.values()) > 0
-    assert "faster" in engine.chosen and f"{engine.rates['cpu']:,.0f}" in engine.chosen
+    assert "fastest" in engine.chosen and f"{engine.rates['cpu']:,.0f}" in engine.chosen
     assert engine._stager.by_device == (engine.rates["gpu"] > engine.rates["cpu"])
     assert len(list(batches(engine, ds, plan, 16))) == 2
     raw = dataset.open(beton_file("raw.beton", store="raw"))
     assert "nothing to decode" in make(raw, plan, decode="auto").chosen
-    monkeypatch.setattr(gpu_decode, "DECODERS", {"none": lambda device: 1 / 0})
+    monkeypatch.setattr(gpu_decode, "DECODERS", dict.fromkeys(gpu_decode.DECODERS, lambda device: 1 / 0))
     assert "division by zero" in make(ds, plan, decode="auto").chosen
     with pytest.raises(UsageError, match="pip install torchcodec"):
         make(ds, plan)
@@ -543,7 +552,7 @@ def test_what_a_budget_buys():
 @pytest.mark.parametrize("where", ["device", "host"])
 @pytest.mark.parametrize("store", ["jpeg", "mixed", "raw"])
 def test_cached_epochs_equal_uncached_ones_to_the_bit(beton_file, make, where, store):
-    """With all, some or none of the images in the cache, and one warning where they are not all there."""
+    """With all, some or none of the images in the cache, as pixels or as they are stored, and one warning where they are not all there."""
     ds = dataset.open(beton_file(count=24, store=store)).subset(np.r_[20:2:-1, 5, 5])
     plan = Plan((T.RandomResizedCrop(24), T.HorizontalFlip(), T.Grayscale(0.3), T.Mixup(1.0)))
     wanted = [[i for *_, i in batches(make(ds, plan), ds, plan, 8, epoch=e)] for e in range(2)]
@@ -551,12 +560,14 @@ def test_cached_epochs_equal_uncached_ones_to_the_bit(beton_file, make, where, s
     pixels, encoded, _, _ = resident.measure(ds.spans, unique)
     whole, small = int(pixels.sum()), int(encoded.sum())
     option = "vram" if where == "device" else "ram"
-    for budget in (whole, whole - 1, whole // 2, min(small, whole) - 1, 0):
+    if where == "device":
+        small += Encoded(ds.spans, unique, int(unique.max()) + 1).bytes
+    for budget in (whole, whole - 1, whole // 2, min(small, whole), min(small, whole) - 1, small // 2, 0):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             engine = make(ds, plan, cache=where, **{option: budget})
         told = [w for w in caught if w.category is UserWarning]
-        everything = budget >= (whole if where == "device" else min(small, whole))
+        everything = budget >= min(small, whole)
         assert len(told) == (0 if everything else 1)
         assert engine.resident.memory.numel() <= budget
         assert f"cache={where!r}" in engine.chosen
@@ -732,17 +743,17 @@ def test_gpu_caches(smooth, make, where):
 
 
 @needs_gpu
-def test_gpu_auto_and_each_decoder(smooth, make, monkeypatch):
+def test_gpu_auto_and_each_decoder(smooth, make):
     engine = make(smooth, Plan(T.train(96)[:2]), device="cuda", decode="auto", threads=4)
-    assert set(engine.rates) == {"gpu", "cpu"} and "faster" in engine.chosen
+    assert set(engine.rates) == {"gpu", "segments", "cpu"} and "fastest" in engine.chosen
     sample = torch.from_numpy(codecs.as_bytes(smooth.encoded(0).data).copy())
     for name in [*gpu_decode.DECODERS]:
-        if importlib.util.find_spec(name) is not None:
-            with monkeypatch.context() as patch:
-                patch.setattr(gpu_decode, "DECODERS", {name: gpu_decode.DECODERS[name]})
-                (image,) = gpu_decode.find_decoder(torch.device("cuda")).images([sample])
+        if name == "segments" or importlib.util.find_spec(name) is not None:
+            (image,) = gpu_decode.find_decoder(torch.device("cuda"), [name]).images([sample])
             wanted = torch.from_numpy(codecs.decode_jpeg(sample.numpy())).permute(2, 0, 1)
-            assert (image.cpu().int() - wanted.int()).abs().float().mean() < 3
+            assert (image.cpu().int() - wanted.int()).abs().float().mean() < (
+                1e-9 if name == "segments" else 3
+            )
 
 
 @needs_gpu

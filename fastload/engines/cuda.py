@@ -37,6 +37,7 @@ from fastload.dataset import Dataset
 from fastload.draws import Plan, Table
 from fastload.engines import resident
 from fastload.engines.cpu import Sources
+from fastload.engines.encoded import Encoded
 from fastload.engines.gathering import gather, rows_of
 from fastload.engines.gpu_decode import Decoder, find_decoder
 from fastload.engines.resident import Resident
@@ -45,7 +46,8 @@ from fastload.errors import UsageError, unknown
 from fastload.kernels import batch as kb
 from fastload.kernels import gpu
 
-GPU, CPU, AUTO = "gpu", "cpu", "auto"
+GPU, SEGMENTS, CPU, AUTO = "gpu", "segments", "cpu", "auto"
+WAYS = {GPU: ("torchvision", "torchcodec"), SEGMENTS: ("segments",)}  # decoders that are tried
 _SLICES_PER_THREAD = 3  # of all batches that are made at once, so that one large image holds one thread only
 _MEASURE_SECONDS = 0.5  # for each way to decode
 _AHEAD = (
@@ -63,8 +65,10 @@ class CudaEngine:
         device: "cuda", or "cpu" to run the same without a GPU, slowly.
         prefetch: batches that are submitted ahead.
         dtype: of the batches: torch.uint8, or a float type for normalised pixels (pixel / 255 without Normalize).
-        decode: who decodes JPEG: "gpu", that is the device; "cpu", the threads; "auto" measures both for a second and keeps the faster.
-        cache: "device" or "host" keeps the dataset there; None reads the file.
+        decode: who decodes JPEG: "gpu", that is a library on the device; "segments", our kernels there, a restart segment in each lane;
+            "cpu", the threads; "auto" measures them for a second and keeps the fastest.
+        cache: "device" or "host" keeps the dataset there; None reads the file. Where its pixels do not fit on the device, it is kept
+            encoded there, and "segments" decodes.
         vram, ram: bytes that such a cache may take; None is 80% of what is free on the device, or on the host.
 
     ``chosen`` says in words who decodes, what is kept in memory, and why; ``rates`` are the images/s that "auto" measured, by way.
@@ -94,8 +98,8 @@ class CudaEngine:
             raise UsageError(
                 "uint8 cannot hold normalised pixels: leave Normalize out, or ask for a float dtype"
             )
-        if decode not in (GPU, CPU, AUTO):
-            raise unknown("way to decode", decode, [GPU, CPU, AUTO])
+        if decode not in (GPU, SEGMENTS, CPU, AUTO):
+            raise unknown("way to decode", decode, [GPU, SEGMENTS, CPU, AUTO])
         if cache not in (None, resident.DEVICE, resident.HOST):
             raise unknown("cache", cache, [resident.DEVICE, resident.HOST])
         for name, budget in (("vram", vram), ("ram", ram)):
@@ -105,6 +109,8 @@ class CudaEngine:
         self._batch_size, self._threads, self._prefetch = batch_size, threads, prefetch
         self.paint = kb.Paint(np.array(plan.fill, np.uint8), plan.erase_fill, *plan.affine)
         self._decoder: Decoder | None = None
+        self._decoders: dict[str, Decoder] = {}
+        self._missing: dict[str, str] = {}
         self.resident: Resident | None = None
         self._pending: deque[Staged] = deque()
         self._cuda = self.device.type == "cuda"
@@ -119,7 +125,8 @@ class CudaEngine:
         try:
             self.chosen = self._choose_decoder(decode)
             if cache is not None:
-                self.chosen += "; " + self._fill_cache(cache, vram if cache == resident.DEVICE else ram)
+                kept = self._fill_cache(cache, vram if cache == resident.DEVICE else ram)
+                self.chosen += f"; {kept}"
         except BaseException:
             self.close()
             raise
@@ -127,8 +134,8 @@ class CudaEngine:
     @property
     def holds_all(self) -> bool:
         """Whether all images lie on the device as pixels, so that batches can be made without the host."""
-        cache = self.resident
-        return cache is not None and cache.on_device and bool(cache.holds(self._dataset.indices).all())
+        cache, bases = self.resident, self._dataset.indices
+        return cache is not None and cache.on_device and bool((cache.holds(bases) & cache.raw[bases]).all())
 
     # -- in --------------------------------------------------------------------------------------------------------
 
@@ -218,6 +225,7 @@ class CudaEngine:
             self.stream.synchronize()
         self._ring.clear()
         self.resident = self._decoder = None
+        self._decoders.clear()
 
     # -- on the thread of the device -------------------------------------------------------------------------------
 
@@ -269,29 +277,43 @@ class CudaEngine:
             return self._use(CPU, "the CPU decodes, as asked for")
         if decode == AUTO and raw.all():
             return self._use(CPU, "there is nothing to decode in the images that were looked at")
-        try:
-            self._decoder = find_decoder(self.device)
-        except UsageError as error:
-            if decode == GPU:
-                raise
-            return self._use(CPU, f"the CPU decodes, because {error}")
-        name = f"{self._decoder.name} on {self.device}"
-        if decode == GPU:
-            return self._use(GPU, f"{name} decodes, as asked for")
-        for way in (GPU, CPU):
+        if decode in (GPU, SEGMENTS):
+            self._decoders[decode] = find_decoder(self.device, WAYS[decode])
+            return self._use(decode, f"{self._names[decode]} decodes, as asked for")
+        ways, said = [], ""
+        for way in (GPU, SEGMENTS) if self._cuda else (GPU,):
+            if self._find(way):
+                ways.append(way)
+            else:
+                said = f"the CPU decodes, because {self._missing[way]}"
+        if not ways:
+            return self._use(CPU, said)
+        for way in (*ways, CPU):
             self._use(way, "")
             self.rates[way] = self._measure(bases)
+        names = {**self._names, CPU: f"{self._threads} CPU threads"}
+        figures = ", ".join(f"{names[way]}: {rate:,.0f}" for way, rate in self.rates.items())
         faster = max(self.rates, key=lambda way: self.rates[way])
-        figures = (
-            f"{name}: {self.rates[GPU]:,.0f} images/s, {self._threads} CPU threads: {self.rates[CPU]:,.0f}"
-        )
-        return self._use(
-            faster, f"{name if faster == GPU else 'the CPU'} decodes, which is faster here ({figures})"
-        )
+        name = "the CPU" if faster == CPU else names[faster]
+        return self._use(faster, f"{name} decodes, which is fastest here (images/s: {figures})")
+
+    def _find(self, way: str) -> bool:
+        """Whether the device can decode in this way."""
+        if way not in self._decoders:
+            try:
+                self._decoders[way] = find_decoder(self.device, WAYS[way])
+            except UsageError as error:
+                self._missing[way] = str(error)
+        return way in self._decoders
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return {way: f"{decoder.name} on {self.device}" for way, decoder in self._decoders.items()}
 
     def _use(self, way: str, why: str) -> str:
+        self._decoder = self._decoders.get(way)
         turns = self._decoder is not None and self._decoder.turns
-        self._stager = Stager(self._dataset, self._plan, self._ring, way == GPU, turns)
+        self._stager = Stager(self._dataset, self._plan, self._ring, self._decoder is not None, turns)
         return why
 
     def _measure(self, bases: np.ndarray) -> float:
@@ -331,31 +353,35 @@ class CudaEngine:
         bases = resident.first_uses(self._dataset.indices)
         pixels, encoded, raw, shapes = resident.measure(self._dataset.spans, bases)
         budget = resident.free_bytes(where, self.device) if budget is None else budget
-        choice = resident.choose(where, pixels, encoded, budget)
+        count, jpegs, usable = int(bases.max(initial=-1)) + 1, None, None
+        if (
+            where == resident.DEVICE
+            and pixels.sum() > budget
+            and self._stager.by_device
+            and self._find(SEGMENTS)
+        ):
+            jpegs = Encoded(self._dataset.spans, bases, count)
+            usable = raw | jpegs.ok[bases]
+            budget = max(0, budget - jpegs.bytes)
+        choice = resident.choose(where, pixels, encoded, budget, usable)
         if not choice.whole:
             warnings.warn(choice.text, stacklevel=4)
         as_pixels = choice.what != resident.ENCODED
-        lengths = pixels if as_pixels else encoded
+        lengths = pixels if as_pixels else encoded if usable is None else np.where(usable, encoded, 0)
         mine = np.flatnonzero(lengths[: choice.count])  # a damaged sample has no length
         with self.on_stream():  # its memory must not be some that another stream still reads
             cache = Resident(
-                where,
-                self.device,
-                int(bases.max(initial=-1)) + 1,
-                bases[mine],
-                lengths[mine],
-                raw[mine] | as_pixels,
-                shapes[mine],
+                where, self.device, count, bases[mine], lengths[mine], raw[mine] | as_pixels, shapes[mine]
             )
+            if not as_pixels:
+                cache.jpegs = jpegs
+                cache.store(self._dataset, bases[mine], self._pool, self._threads)
         if as_pixels:
             self._decode_into(cache, bases[mine], pixels[mine])
-        else:
-            for file, places, at in self._dataset.spans(bases[mine]):
-                for row in places.tolist():
-                    start, size = int(at.starts[row]), int(at.sizes[row])
-                    cache.memory.numpy()[int(cache.starts[bases[mine[row]]]) :][:size] = file[
-                        start : start + size
-                    ]
+        elif jpegs is not None:
+            # All by one decoder: whether an image is kept must not show in its pixels.
+            self.chosen = self._use(SEGMENTS, f"{self._names[SEGMENTS]} decodes, from what is kept there")
+        self._synchronise()
         self._ring.clear()  # what decoding a whole dataset took
         self.resident = cache
         return choice.text

@@ -9,7 +9,7 @@ clip of each row is its window, so that the kernels see the same whichever way t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,10 +33,11 @@ def gather(
     kinds, windows, count = batch.kinds, batch.windows, len(batch.bases)
     if cache is not None and cache.on_device:
         kept = cache.holds(batch.bases) & (kinds == READY)
-        if kept.all():
+        encoded = kept & ~cache.raw[batch.bases]
+        if kept.all() and not encoded.any():
             return cache.sources(batch.bases), np.zeros((count, 2), np.int64)
     else:
-        kept = np.zeros(count, bool)
+        kept = encoded = np.zeros(count, bool)
     # Stored or decoded pixels: one copy for all of them.
     pixels = batch.buffer[: batch.pixel_bytes].to(device, non_blocking=True)
     shapes = windows[:, 2:] - windows[:, :2]
@@ -44,13 +45,19 @@ def gather(
     pointers = batch.places + (pixels.data_ptr() if batch.pixel_bytes else 0)
     origins = windows[:, :2].copy()
     owners: list[torch.Tensor] = [pixels] * count
+    parts = []
     if kept.any():
         assert cache is not None
-        mine = cache.sources(batch.bases[kept])
-        pointers[kept], shapes[kept], strides[kept] = mine.pointers, mine.shapes, mine.strides
-        origins[kept] = 0
-        for row in np.flatnonzero(kept).tolist():
-            owners[row] = cache.memory
+        plain = kept & ~encoded
+        parts.append((plain, cache.sources(batch.bases[plain])))
+        origins[plain] = 0
+        if cache.jpegs is not None and encoded.any():
+            windows_only, _ = cache.jpegs.decode(cache.memory, batch.bases[encoded], windows[encoded])
+            parts.append((encoded, windows_only))
+    for rows, mine in parts:
+        pointers[rows], shapes[rows], strides[rows] = mine.pointers, mine.shapes, mine.strides
+        for number, row in enumerate(np.flatnonzero(rows).tolist()):
+            owners[row] = mine.owners[number if len(mine.owners) > 1 else 0]
     images = _decode(batch, stager, decoder)  # may add to `apart` and `finished`
     for row, image in images.items():
         origins[row] = batch.found[row, 1:3]
@@ -84,7 +91,7 @@ def _decode(batch: Staged, stager: Stager, decoder: Decoder | None) -> dict[int,
         for at, length in zip(batch.places[rows].tolist(), batch.found[rows, 0].tolist())
     ]
     try:
-        decoded: list[Any] = decoder.images(encoded)
+        decoded: Sequence[torch.Tensor | None] = decoder.images(encoded)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:

@@ -1,22 +1,26 @@
-"""A dataset kept in memory for the CUDA engine: decoded on the device, decoded in the host's memory, or encoded there.
+"""A dataset kept in memory for the CUDA engine, on the device or on the host, as pixels or as the bytes of the file.
 
-What is kept is the most useful that fits into a budget: all images as pixels; or, on the host, as the bytes of the file; or the first
-ones as pixels, with one warning. Encoded bytes are not kept on the device: decoders read them from host memory. Memory is taken once,
-when the engine is made, so that no epoch runs out of it. The trade-off: the engine decodes everything before the first batch.
+What is kept is the most useful that fits into a budget: all images as pixels; or all as they are stored; or the first ones, with one
+warning. On a device stored JPEGs are of use where it can decode them from its own memory (:mod:`fastload.engines.encoded`). Memory is
+taken once, when the engine is made, so that no epoch runs out of it. The trade-off: the engine decodes everything before the first batch.
 
 >>> choose("device", pixels, encoded, budget).text
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from fastload.beton import Spans
+from fastload.dataset import Dataset
 from fastload.engines.cpu import Sources
+from fastload.engines.encoded import Encoded
 from fastload.errors import UsageError
 from fastload.kernels.gpu import Sources as DeviceSources
 from fastload.system import ram_bytes
@@ -24,6 +28,7 @@ from fastload.system import ram_bytes
 DEVICE, HOST = "device", "host"
 PIXELS, ENCODED, NOTHING = "pixels", "encoded", "nothing"
 _MANY, _MANY_BYTES = 64, 256 << 20
+_RIGHT, _UNSURE, _WRONG = 0, 1, 2  # the bytes of a sample
 SHARE = 0.8  # of the free memory; the rest is for batches, and on a GPU for the model
 
 
@@ -38,20 +43,35 @@ class Choice:
     text: str
 
 
-def choose(where: str, pixels: np.ndarray, encoded: np.ndarray, budget: int) -> Choice:
-    """What to keep in ``budget`` bytes ``where`` ("device", "host"): ``pixels``, ``encoded`` (N,) int64 are the bytes of each sample."""
+def choose(
+    where: str, pixels: np.ndarray, encoded: np.ndarray, budget: int, usable: np.ndarray | None = None
+) -> Choice:
+    """What to keep in ``budget`` bytes ``where`` ("device", "host"): ``pixels``, ``encoded`` (N,) int64 are the bytes of each sample.
+
+    ``usable`` (N,) bool: those that are of use there as they are stored; None is none on a device, all on the host.
+    """
     option, total, count = ("vram" if where == DEVICE else "ram"), int(pixels.sum()), len(pixels)
     limit = f"the budget of {_size(budget)} ({option}=)"
     if total <= budget:
         text = f"cache={where!r} keeps all {count:,} images as pixels: {_size(total)}, in {limit}"
         return Choice(PIXELS, count, total, True, text)
-    in_bytes = int(encoded.sum())
-    if where == HOST and in_bytes <= budget:
+    if usable is None:
+        usable = np.full(count, where == HOST)
+    stored = np.where(usable, encoded, 0)
+    fits = int(np.searchsorted(np.cumsum(stored), budget, side="right"))
+    # On the host a part of them would be of little use: the page cache has it.
+    if usable[:fits].any() and (fits == count or where == DEVICE):
+        many, kept = int(usable[:fits].sum()), int(stored[:fits].sum())
         text = (
-            f"cache='host' keeps all {count:,} images as they are stored, {_size(in_bytes)}: "
+            f"cache={where!r} keeps {'all' if many == count else f'{many:,} of'} {count:,} images as they are stored, {_size(kept)}: "
             f"their pixels would take {_size(total)}, and {limit} is less"
         )
-        return Choice(ENCODED, count, in_bytes, True, text)
+        if many < count:
+            text += "; the others are read from the file in each epoch"
+            text += (
+                "" if fits < count else ", since they have no restart markers (fastload convert adds them)"
+            )
+        return Choice(ENCODED, fits, kept, many == count, text)
     fits = int(np.searchsorted(np.cumsum(pixels), budget, side="right"))
     kept = int(pixels[:fits].sum())
     text = (
@@ -81,8 +101,10 @@ class Resident:
     """Samples ``bases`` (n,) int64 in one piece of memory, with the ``raw`` (n,) bool and ``shapes`` (n, 2) of what is kept there.
 
     ``size`` is the largest base index + 1; ``lengths`` (n,) int64 their bytes. Those that :meth:`forget` takes out are read from the
-    file, as all others are.
+    file, as all others are. ``jpegs``: what decodes those on the device that are not raw.
     """
+
+    jpegs: Encoded | None = None
 
     def __init__(
         self,
@@ -127,6 +149,56 @@ class Resident:
         data = data.permute(1, 2, 0) if data.ndim == 3 else data
         self.memory[start : start + length].view(data.shape).copy_(data)
 
+    def store(self, dataset: Dataset, bases: np.ndarray, pool: ThreadPoolExecutor, ahead: int) -> None:
+        """Put samples there as they are stored, in this order, which must be that of their places; ``ahead`` batches of them at once.
+
+        On a device a JPEG whose checksum is wrong, or that has none and cannot be decoded, is not kept.
+        """
+        waiting: deque[tuple[np.ndarray, int, Future[tuple[torch.Tensor, np.ndarray]]]] = deque()
+        unsure = [np.zeros(0, np.int64)]
+
+        def settle() -> None:
+            some, start, future = waiting.popleft()
+            data, trusted = future.result()
+            if self.on_device:
+                self.memory[start : start + len(data)].copy_(data, non_blocking=True)
+            for base in some[trusted == _WRONG].tolist():
+                self.forget(base)
+            unsure.append(some[trusted == _UNSURE])
+
+        for begin, end in chunks(self.lengths[bases]):
+            some = bases[begin:end]
+            waiting.append((some, int(self.starts[some[0]]), pool.submit(self._read, dataset, some)))
+            if len(waiting) > ahead:
+                settle()
+        while waiting:
+            settle()
+        if self.jpegs is not None:
+            self.jpegs.move(self.memory.device, self.starts)
+            open_question = np.concatenate(unsure)
+            for base in self.jpegs.damaged(self.memory, open_question, self.shapes[open_question]).tolist():
+                self.forget(base)
+
+    def _read(self, dataset: Dataset, bases: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """The stored bytes of samples whose places follow one another, and (n,) whether each is to be trusted."""
+        first, total = int(self.starts[bases[0]]), int(self.lengths[bases].sum())
+        pinned = self.memory.device.type == "cuda"
+        if self.on_device:
+            data = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
+        else:
+            data = self.memory[first : first + total]
+        out, trusted = data.numpy(), np.zeros(len(bases), np.int64)
+        for file, places, where in dataset.spans(bases):
+            for row in places.tolist():
+                start, size = int(where.starts[row]), int(where.sizes[row])
+                at = int(self.starts[bases[row]]) - first
+                out[at : at + size] = file[start : start + size]
+                if self.on_device and not where.raw[row]:
+                    reader, place = dataset.locate_base(int(bases[row]))
+                    right = reader.checksum_matches(place)
+                    trusted[row] = _UNSURE if right is None else _RIGHT if right else _WRONG
+        return data, trusted
+
     def spans(self, bases: np.ndarray, spans: Sources) -> Sources:
         """``spans`` of a batch, with what is kept on the host read from there, as if it were one more file."""
         kept = self.holds(bases)
@@ -138,7 +210,7 @@ class Resident:
         return [mine, *((file, places, where) for file, places, where in others if places.size)]
 
     def sources(self, bases: np.ndarray) -> DeviceSources:
-        """Where samples that are kept on the device lie there: pointers, shapes and strides for the kernels."""
+        """Where samples whose pixels are kept on the device lie there: pointers, shapes and strides for the kernels."""
         shapes = self.shapes[bases]
         threes = np.full(len(bases), 3, np.int64)
         strides = np.stack([3 * shapes[:, 1], threes, np.ones(len(bases), np.int64)], axis=1)
