@@ -218,7 +218,11 @@ def best_loaders(part: dict[str, Any]) -> dict[str, str]:
     """The fastest loader of ours that reads each file anew, by file; only those whose figure is shown."""
     found: dict[str, tuple[float, str]] = {}
     for one in part["rows"]:
-        if one["figure"] is not None and one["arm"] in gpu_loaders.ARMS and one["arm"] != "resident":
+        if (
+            one["figure"] is not None
+            and one["arm"] in gpu_loaders.ARMS
+            and one["arm"] not in gpu_loaders.CACHED
+        ):
             found[one["file"]] = max(found.get(one["file"], (0.0, "")), (one["figure"]["median"], one["arm"]))
     return {file: arm for file, (_, arm) in found.items()}
 
@@ -233,7 +237,7 @@ def aims(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
             (r["figure"]["median"] for r in shown if r["file"] == file and r["arm"] in arms), default=None
         )
 
-    ours, dali = top("cpu", "cuda", "hybrid", "dali"), top("dali own")
+    ours, dali = top("cpu", "cuda", "segments", "hybrid", "dali"), top("dali own")
     shares = [r["of_copy"] for r in rows.get("kernel", ()) if r["figure"] and r.get("of_copy") and "crop" in r["name"]]  # fmt: skip
     stalls = [r["figure"]["median"] for r in rows.get("stall", ()) if r["figure"] is not None]
     measured = {

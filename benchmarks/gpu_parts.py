@@ -30,12 +30,15 @@ if TYPE_CHECKING:
 
 TEST_FILES = (
     "test_kernels_gpu.py",
+    "test_kernels_gpu_jpeg.py",
     "test_device_feed.py",
     "test_engine_cuda.py",
+    "test_engine_segments.py",
     "test_engine_dali.py",
     "test_loader_engines.py",
 )
-ARMS_OF_CUDA = ("cuda", "hybrid", "resident")
+ARMS_OF_SEGMENTS = ("segments", "encoded")
+ARMS_OF_CUDA = ("cuda", "hybrid", "resident", *ARMS_OF_SEGMENTS)
 NO_GPU = "no CUDA GPU here"
 DECODE_BATCH = 64
 DECODE_TOLERANCE = 2.5  # levels, mean difference to libjpeg-turbo's exact pixels
@@ -44,6 +47,8 @@ SLEEP_CYCLES = 40_000_000  # some 20 ms, in which Python queues what is timed
 
 def engines_of(test: str) -> tuple[str, ...]:
     """The engines that a test, by its id, is about."""
+    if "test_kernels_gpu_jpeg" in test or "test_engine_segments" in test:
+        return ARMS_OF_SEGMENTS
     if "test_kernels_gpu" in test:
         return ("kernel", *ARMS_OF_CUDA)
     if "test_device_feed" in test:
@@ -174,12 +179,61 @@ def decode(rig: Rig, seconds: float, notes: list[str]) -> Iterator[dict[str, Any
                 got = decode_jpeg(images[:DECODE_BATCH], ImageReadMode.RGB, device=device)
                 said[name] = _same([one.permute(1, 2, 0).cpu().numpy() for one in got], wanted)
                 jobs[name] = timed(run, every, rig.sync if device == "cuda" else lambda: None)
+        name, check, wrong, run_segments = _segments(
+            rig, data, min(len(data), 2 * DECODE_BATCH if rig.cuda else 4)
+        )
+        if rig.cuda:
+            said[name], jobs[name] = (check, wrong), timed(run_segments, every, rig.sync)
         found = interleave(jobs)
-    for name, figure in found.items():
-        check, wrong = said[name]
-        yield row(name, figure, check=check, wrong=wrong)
+    for title, figure in found.items():
+        yield row(
+            title,
+            figure,
+            engine="segments" if title == name else "",
+            check=said[title][0],
+            wrong=said[title][1],
+        )
     if not rig.cuda:
         yield row("torchvision on the GPU", reason=NO_GPU)
+        yield row(
+            name, engine="segments", check=check, wrong=wrong, reason=f"{NO_GPU}; only its reference was run"
+        )
+
+
+def _segments(rig: Rig, data: Any, count: int) -> tuple[str, str, str, Callable[[], int]]:
+    """Crops of the mean area by our kernels, from encoded images in GPU memory: title, check, what is wrong, and what does it once."""
+    import simplejpeg
+    import torch
+
+    from fastload.engines.encoded import Encoded
+
+    device = torch.device("cuda" if rig.cuda else "cpu")
+    bases = np.unique(data.indices)[:count]
+    size = int(bases.max()) + 1
+    jpegs = Encoded(data.spans, bases, size)
+    bases = bases[jpegs.ok[bases]]
+    encoded = [bytes(data.encoded(int(base)).data) for base in bases]
+    ends, starts = np.cumsum([len(one) for one in encoded]), np.full(size, -1, np.int64)
+    starts[bases] = ends - [len(one) for one in encoded]
+    memory = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8).to(device)
+    jpegs.move(device, starts)
+    shapes = np.stack([data.heights[bases], data.widths[bases]], axis=1).astype(np.int64)
+    inner = np.maximum(16, np.rint(shapes * 0.54**0.5).astype(np.int64)).clip(max=shapes)
+    windows = np.concatenate([(shapes - inner) // 2, (shapes - inner) // 2 + inner], axis=1)
+    sources, errors = jpegs.decode(memory, bases, windows)
+    got = [sources.image(i).permute(1, 2, 0).cpu().numpy() for i in range(min(8, len(bases)))]
+    exact = [
+        simplejpeg.decode_jpeg(one, "RGB")[y0:y1, x0:x1]
+        for one, (y0, x0, y1, x1) in zip(encoded, windows.tolist())
+    ]
+    check, wrong = _same(got, exact[: len(got)])
+    wrong = wrong or ("it sees damage in whole files" if errors.any() else "")
+
+    def once() -> int:
+        jpegs.decode(memory, bases, windows)
+        return len(bases)
+
+    return "fastload on the GPU, crops of the mean area, from GPU memory", check, wrong, once
 
 
 def _mean_crop(image: np.ndarray) -> bytes:

@@ -71,8 +71,9 @@ class Loader:
             run on one); "auto" measures each for a second and takes the fastest (``chosen`` says why).
         decode: "fast" or "exact" (see :mod:`fastload.engines.cpu`).
         pin_threads: keep each thread on a core of its own, which can help where cores have memory of their own (NUMA).
-        gpu_decode, cache, vram, ram: of engine "cuda". Who decodes JPEG: "gpu", "cpu" or "auto", which measures; where the data
-            stay: "device", "host" or None; bytes that this may take (None: 80% of what is free).
+        gpu_decode, cache, vram, ram: of engine "cuda". Who decodes JPEG: "gpu" (nvJPEG), "segments" (our kernels on the GPU),
+            "cpu" or "auto", which measures; where the data stay: "device", "host" or None; bytes that this may take (None: 80%
+            of what is free). Pixels that all fit on the device are drawn from there without the CPU.
 
     A batch is a named tuple; images are (B, 3, H, W) in channels_last memory, labels (B,) int64, or (B, C) float32 with
     Mixup, CutMix or a multi-label file; ``batch.index`` (B,) int64 are the base indices of its samples. Raises UsageError

@@ -146,12 +146,14 @@ def test_a_red_check_hides_the_speed():
 @pytest.mark.parametrize(
     ("name", "body", "red"),
     [
-        ("test_engine_cuda.py", "def test_a(): assert 0\ndef test_b(): pass", {"cuda", "hybrid", "resident"}),
+        ("test_engine_cuda.py", "def test_a(): assert 0\ndef test_b(): pass", {*gpu_parts.ARMS_OF_CUDA}),
         (
             "test_kernels_gpu.py",
             "def broken(: pass",
-            {"kernel", "cuda", "hybrid", "resident"},
+            {"kernel", *gpu_parts.ARMS_OF_CUDA},
         ),  # not even collected
+        ("test_engine_segments.py", "def test_a(): assert 0", {"segments", "encoded"}),
+        ("test_device_feed.py", "def test_a(): assert 0", {"resident"}),
         ("test_loader_engines.py", "def test_dali_on_gpu(): assert 0\ndef test_other(): assert 0", {"dali"}),
         (
             "test_engine_dali.py",

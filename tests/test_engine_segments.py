@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import make_beton, make_picture
+from conftest import make_picture
 from engine_cases import random_pipeline
 from test_engine_cuda import KINDS, batches, make, sizes, write  # noqa: F401  (make is a fixture)
 
@@ -132,28 +128,6 @@ def test_bytes_that_nobody_vouches_for_are_decoded_once_before_they_are_kept(bet
     ds, plan = dataset.open(path), Plan((T.CenterCrop(64),))
     engine = make(ds, plan, cache="device", vram=encoded_budget(ds))
     assert np.flatnonzero(~engine.resident.holds(ds.indices)).tolist() == [4]
-
-
-def test_the_kernels_make_the_same_batches(tmp_path):
-    """The whole path through Triton's interpreter: crops from encoded bytes."""
-    path = make_beton(tmp_path / "few.beton", 2, size=(64, 80))
-    code = f"""
-import os, sys
-sys.path.insert(0, {os.path.dirname(__file__)!r})
-import torch, fastload
-from fastload import transforms as T
-from test_engine_segments import encoded_budget
-with fastload.open({str(path)!r}) as ds:
-    budget = encoded_budget(ds)
-options = dict(transforms=(T.CenterCrop(9), T.HorizontalFlip()), engine="cuda", device="cpu", threads=1)
-kept = fastload.Loader({str(path)!r}, 2, cache="device", vram=budget, **options)
-assert "as they are stored" in kept.chosen, kept.chosen
-for a, b in zip(kept, fastload.Loader({str(path)!r}, 2, **options), strict=True):
-    assert torch.equal(a.image, b.image) and a.image.float().std() > 10
-"""
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @needs_gpu

@@ -361,8 +361,9 @@ class CudaEngine:
             and self._find(SEGMENTS)
         ):
             jpegs = Encoded(self._dataset.spans, bases, count)
-            usable = raw | jpegs.ok[bases]
-            budget = max(0, budget - jpegs.bytes)
+            if jpegs.ok.any():
+                usable = raw | jpegs.ok[bases]
+                budget = max(0, budget - jpegs.bytes)
         choice = resident.choose(where, pixels, encoded, budget, usable)
         if not choice.whole:
             warnings.warn(choice.text, stacklevel=4)
