@@ -212,7 +212,7 @@ def compile_for(capability: int) -> dict[str, list[int]]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastload.kernels import gpu_triton
+    from fastload.kernels import gpu_rng_triton, gpu_triton
 
     found = {}
     same = {"HEIGHT": 224, "WIDTH": 224, "BLOCK": gpu.BLOCK}
@@ -224,6 +224,12 @@ def compile_for(capability: int) -> dict[str, list[int]]:
         jobs.append((gpu_triton.crop_kernel, {**tables, "out": f"*{kind}"}, {**same, **flags}))
         flags = {"LAST": last, "ROUNDING": kind == "u8"}
         jobs.append((gpu_triton.mix_kernel, {**mixes, "images": f"*{kind}"}, {**same, **flags}))
+    words = dict.fromkeys(("count", "low", "high", "epoch", "stream", "length", "half"), "i32")
+    flags = {"COUNT": 40, "BLOCKS": 10, "BLOCK": 256}
+    jobs.append((gpu_rng_triton.uniforms_kernel, {**words, "samples": "*i64", "out": "*fp64"}, flags))
+    jobs.append(
+        (gpu_rng_triton.permute_kernel, {**words, "positions": "*i64", "out": "*i64"}, {"BLOCK": 256})
+    )
     for number, (kernel, types, constants) in enumerate(jobs):
         signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
         # What a launch with torch's tensors knows as well.
