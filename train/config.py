@@ -30,6 +30,9 @@ CLASS_WEIGHTS = ("none", "balanced", "effective")
 SAMPLING = ("none", "balanced", "sqrt", "bootstrap")
 AVERAGES = ("none", "swa", "soup")
 TRACKERS = ("tensorboard", "wandb")
+ENGINES = ("cpu", "dali", "cuda", "auto")
+GPU_DECODE = ("auto", "gpu", "segments", "cpu")
+CACHES = ("none", "device", "host")
 SGD_LIKE = ("sgd", "momentum", "nesterov", "plain_sgd", "sgdw", "nesterovw", "sgdp")
 # What does not change the weights that come out (on one machine), so it may differ when a run is resumed.
 FREE_ON_RESUME = ("threads", "device", "save_minutes", "track", "allow_leak", "data", "valid", "split")
@@ -104,8 +107,14 @@ class Config:
         0, "Training", "Of order, augmentation, split and weights.", ((lambda v: 0 <= v < 2**63), "from 0 to 2**63 - 1"))
     deterministic: bool = _option(False, "Training", "Only algorithms that give the same bits each time (slower on a GPU).")
     save_minutes: float = _option(5.0, "Training", "Minutes between two checkpoints within an epoch.", _at_least(0))
-    threads: int | None = _option(None, "Training", "Loader threads; None: one for each core.", _at_least(1))
     device: str | None = _option(None, "Training", "cuda, cuda:1, mps, cpu; None: the best there is.")
+
+    threads: int | None = _option(None, "Loading", "Loader threads; None: one for each core.", _at_least(1))
+    engine: str = _option("cpu", "Loading", "What makes the batches; auto measures which is fastest.", choices=ENGINES)
+    gpu_decode: str = _option("auto", "Loading", "Who decodes JPEG for the engine cuda; auto measures.", choices=GPU_DECODE)
+    cache: str = _option("none", "Loading", "Where the engine cuda keeps the training images.", choices=CACHES)
+    cache_gb: float | None = _option(
+        None, "Loading", "GB that the cache may take; None: 40% of the free GPU memory (the model wants the rest), 80% of the host's.", _above(0))
 
     optimizer: str = _option("adamw", "Optimizer", "Any name that timm's optimizer factory knows, and plain_sgd (without momentum).", (bool, "the name of an optimizer"))
     lr: float | None = _option(
@@ -182,6 +191,10 @@ class Config:
         if self.pretrained and self.weights is not None:
             raise UsageError(
                 f"pretrained weights and weights of a file exclude each other; give one of them, got {self.weights!r}"
+            )
+        if self.cache != "none" and self.engine not in ("cuda", "auto"):
+            raise UsageError(
+                f"a cache is kept by the engine cuda; add --engine cuda (or auto) or leave --cache out, got {self.cache!r}"
             )
         if self.valid is not None and self.split is not None:
             raise UsageError(

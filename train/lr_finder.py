@@ -28,6 +28,7 @@ from fastload.train import imbalance, losses
 from fastload.train.config import Config
 from fastload.train.data import make_split, train_pipeline
 from fastload.train.files import write_atomic
+from fastload.train.loading import loading
 from fastload.train.model import Given, build_model, check_forward, normalisation, pick_device
 from fastload.train.step import make_step, no_memory
 
@@ -171,10 +172,11 @@ def find_lr(
         weights_there = None if weights is None else torch.from_numpy(weights).to(device)
         loss = losses.make_loss(cfg, weights_there, split.multilabel)
         step = make_step(cfg, classes, device, model=net, loss=loss)
+        where = None if device.type == "cpu" else str(device)
         feed = Loader(
             split.train, cfg.batch_size, transforms=train_pipeline(cfg, *normalisation(net)), shuffle=True,
-            weights=imbalance.sample_weights(split.train_labels, cfg.sampling), seed=cfg.seed, threads=cfg.threads,
-            drop_last=len(split.train) > cfg.batch_size, device=None if device.type == "cpu" else str(device),
+            weights=imbalance.sample_weights(split.train_labels, cfg.sampling), seed=cfg.seed, device=where,
+            drop_last=len(split.train) > cfg.batch_size, **loading(cfg, where, keep=False),
         )  # fmt: skip
         stack.callback(feed.close)
         lrs = np.geomspace(low, high, steps)

@@ -34,6 +34,7 @@ from fastload.train.data import Split, eval_pipeline, make_split, train_pipeline
 from fastload.train.distributed import Ranks, ranks
 from fastload.train.files import write_json
 from fastload.train.infer import infer
+from fastload.train.loading import loading
 from fastload.train.model import (
     Given,
     build_model,
@@ -166,8 +167,8 @@ class Session:
         if self.drop_last:
             self.per_rank = [min(self.per_rank) // cfg.batch_size * cfg.batch_size] * group.size
         self.check = Loader(
-            split.valid, cfg.batch_size, transforms=eval_pipeline(cfg, self.mean, self.std), threads=cfg.threads,
-            fields=[split.valid.image_field], device=self.where, rank=group.rank, world_size=group.size,
+            split.valid, cfg.batch_size, transforms=eval_pipeline(cfg, self.mean, self.std), device=self.where,
+            fields=[split.valid.image_field], rank=group.rank, world_size=group.size, **loading(cfg, self.where, keep=False),
         )  # fmt: skip
         stack.callback(self.check.close)
         self.batches = -(-max(self.per_rank) // cfg.batch_size)
@@ -356,8 +357,8 @@ class Session:
                 data = data.subset(np.sort(chosen))
             feed = Loader(
                 data, cfg.batch_size, transforms=train_pipeline(cfg, self.mean, self.std, size), shuffle=True,
-                weights=imbalance.sample_weights(split.train_labels, cfg.sampling), seed=cfg.seed, threads=cfg.threads,
-                drop_last=self.drop_last, device=self.where, rank=self.ranks.rank, world_size=self.ranks.size,
+                weights=imbalance.sample_weights(split.train_labels, cfg.sampling), seed=cfg.seed, drop_last=self.drop_last,
+                device=self.where, rank=self.ranks.rank, world_size=self.ranks.size, **loading(cfg, self.where, keep=True),
             )  # fmt: skip
             self.stack.callback(feed.close)
             self.feeds = {size: feed}

@@ -56,6 +56,8 @@ def command(
 
     class Show(Callback):
         def on_epoch(self, session: Any, line: dict[str, Any]) -> None:
+            if line["epoch"] == 1 and cfg.engine != "cpu":
+                click.echo(f"loader: {next(iter(session.feeds.values())).chosen}")
             click.echo(epoch_line(line, cfg.epochs, cfg.metric))
 
     with told_warnings():
