@@ -3,7 +3,7 @@
 The trade-off: about a second for each engine that could do it, once for each loader; on a machine that is busy with something
 else the answer is of that moment.
 
->>> choose({"cpu": make_cpu_loader, "dali": make_dali_loader}).name
+>>> choice, loader = choose({"cpu": make_cpu_loader, "dali": make_dali_loader}); choice.name
 'cpu'
 """
 
@@ -36,8 +36,8 @@ class Choice:
         return f"engine {self.name!r} is the fastest here ({said}{out})"
 
 
-def choose(loaders: Mapping[str, Callable[[], Any]]) -> Choice:
-    """Measure each engine's loader, taking turns, and close them. UsageError if none can be made.
+def choose(loaders: Mapping[str, Callable[[], Any]]) -> tuple[Choice, Any]:
+    """Measure each engine's loader, taking turns, and close all but the fastest, which is returned. UsageError if none can be made.
 
     ``loaders`` make iterables of batches by engine name; one that raises UsageError is left out, with its reason.
     """
@@ -55,10 +55,15 @@ def choose(loaders: Mapping[str, Callable[[], Any]]) -> Choice:
             for _ in range(ROUNDS):
                 for name, loader in made.items():
                     rates[name] = max(rates[name], rate(loader, SECONDS / ROUNDS))
-    finally:
+    except BaseException:
         for loader in made.values():
             loader.close()
-    return Choice(max(rates, key=lambda name: rates[name]), rates, left_out)
+        raise
+    fastest = max(rates, key=lambda name: rates[name])
+    for name, loader in made.items():
+        if name != fastest:
+            loader.close()
+    return Choice(fastest, rates, left_out), made[fastest]
 
 
 def rate(loader: Any, seconds: float) -> float:

@@ -151,6 +151,7 @@ class Loader:
         self._repeats = weights is not None or repeats
         self._fields = self._check_fields(fields)
         self.choice: Choice | None = None
+        made: Any = None  # an engine that was built in order to be measured
         if engine == "auto":
             kept: dict[str, Any] = {"gpu_decode": gpu_decode, "cache": cache, "vram": vram, "ram": ram}
             on_gpu = device is not None and str(device).startswith("cuda")
@@ -162,11 +163,11 @@ class Loader:
             }  # fmt: skip
             if self.plan.mixers:  # they change labels, which must then be there
                 options["fields"] = ("index", self.dataset.image_field, "label")
-            self.choice = choose({
+            self.choice, fastest = choose({
                 name: partial(Loader, self.dataset, engine=name, **options, **(kept if name == "cuda" else {}))
                 for name in names
             })  # fmt: skip
-            engine = self.choice.name
+            engine, made = self.choice.name, fastest._hand_over()
         # The other engines decode as "exact" does, and so must whatever they leave to the CPU.
         engine_of_threads = Engine(self.dataset, self.plan, decode if engine == "cpu" else EXACT)
         self._decode, self._replace = decode, on_error == "replace"
@@ -194,7 +195,9 @@ class Loader:
         self._finisher = Finisher(
             self.dataset, self.plan, self._fields, self.dtype, self.device, self._buffers, classes
         )
-        self._engine = None if engine == "cpu" else EngineMaker(self._build_engine, self._filler)
+        self._engine = (
+            None if engine == "cpu" else EngineMaker(lambda: made or self._build_engine(), self._filler)
+        )
         self._device_feed: Feed | None = None
         if self._engine is not None:
             self._device_feed = self._on_device(self._engine.engine)
@@ -358,6 +361,13 @@ class Loader:
             maker = self._engine
             maker.stop(())  # what an iteration that was left has begun
         return HostFeed(self._drawer, maker, self._finisher, single=self._engine is not None)
+
+    def _hand_over(self) -> Any:
+        """The engine, None for the CPU's, for another loader of the same options; this one is closed."""
+        engine = None if self._engine is None else self._engine.engine
+        self._engine = None
+        self.close()
+        return engine
 
     def _on_device(self, engine: Any) -> Feed | None:
         """The feed of an engine that needs no host, None for others."""

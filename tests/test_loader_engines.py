@@ -151,6 +151,25 @@ def test_auto_measures_and_says_what_it_took(dali, photos):
     assert sum(len(b.index) for b in loader) == 43
 
 
+def test_what_was_measured_is_used(dali, photos, monkeypatch):
+    """An engine is built once: a cache is filled by decoding all images."""
+    from fastload import loader as room
+    from fastload.engines import dali as engines
+
+    built = []
+    original = engines.DaliEngine.__init__
+    monkeypatch.setattr(
+        engines.DaliEngine, "__init__", lambda self, *a, **o: (built.append(self), original(self, *a, **o))[1]
+    )
+    monkeypatch.setattr("fastload.choose.rate", lambda loader, seconds: float(loader.engine == "dali"))
+    auto, named = batches(photos, "auto", "train"), batches(photos, "dali", "train")
+    assert auto.engine == "dali" and len(built) == 2 and isinstance(auto, room.Loader)
+    for _ in range(2):
+        for a, b in zip(auto, named, strict=True):
+            assert torch.equal(a.image, b.image) and torch.equal(a.label, b.label)
+    auto.close()
+
+
 class _Fake:
     """Batches of 10 that take ``seconds`` each, so many in an epoch."""
 
@@ -169,23 +188,23 @@ class _Fake:
 
 
 @pytest.mark.parametrize("batches", [1000, 1, 2])
-def test_the_faster_one_is_chosen_and_all_are_closed(batches):
+def test_the_faster_one_is_chosen_and_the_other_is_closed(batches):
     """In epochs of one batch, too: a file can be so small."""
     slow, fast = _Fake(0.02, batches), _Fake(0.002, batches)
 
     def broken():
         raise UsageError("it needs a GPU")
 
-    choice = choose({"slow": lambda: slow, "fast": lambda: fast, "gpu": broken})
+    choice, kept = choose({"slow": lambda: slow, "fast": lambda: fast, "gpu": broken})
     assert choice.name == "fast" and choice.rates["fast"] > 2 * choice.rates["slow"]
-    assert slow.closed and fast.closed
+    assert slow.closed and kept is fast and not fast.closed
     assert "gpu not measured: it needs a GPU" in str(choice)
     assert isinstance(choice, Choice)
-    alone = choose({"slow": lambda: slow, "gpu": broken})
+    alone, _ = choose({"slow": lambda: slow, "gpu": broken})
     assert str(alone) == "engine 'slow' is the only one here; gpu not measured: it needs a GPU"
     with pytest.raises(UsageError, match="it needs a GPU"):
         choose({"gpu": broken})
-    assert choose({"none": lambda: _Fake(0, 0), "fast": lambda: _Fake(0.002)}).name == "fast"
+    assert choose({"none": lambda: _Fake(0, 0), "fast": lambda: _Fake(0.002)})[0].name == "fast"
 
 
 @pytest.mark.parametrize(
