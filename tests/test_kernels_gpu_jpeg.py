@@ -58,14 +58,14 @@ def test_the_kernels_equal_pillow_and_touch_nothing_else():
     """Whole images and windows of all kinds of JPEG; and damaged ones, with pages around all memory that may not be touched."""
     pytest.importorskip("triton")
     sound, damaged, photos = (
-        start("decode", "0", "24"),
-        start("damaged", "0", "20"),
-        start("photos", "0", "2"),
+        start("decode", "0", "18"),
+        start("damaged", "0", "14"),
+        start("photos", "0", "1"),
     )
-    assert len(result(sound)) == 24
-    assert result(photos) == [1600 + 17 * 24] * 2
+    assert len(result(sound)) == 18
+    assert result(photos) == [32 * 32 + 16 * 21]
     flags = np.array(result(damaged))
-    assert (flags.any(1)).sum() >= 8
+    assert (flags.any(1)).sum() >= 4
     assert ((flags > 0).all(1) == (flags > 0).any(1)).mean() > 0.9  # kernels look further ahead for markers
 
 
