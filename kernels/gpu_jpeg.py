@@ -172,6 +172,8 @@ def pack(index: Index, images: np.ndarray, windows: np.ndarray, size: int) -> Pa
         raise ValueError(f"the index is of more data than the {size} bytes of this memory")
     lanes = _programs(found, LANES)
     lanes += (ends - found)[lanes >> 32]
+    # What takes longest begins first: the last program to end holds up all that follows.
+    lanes = lanes[np.argsort(-(segments[lanes & 0xFFFFFFFF, 1] & 0xFFFF), kind="stable")]
     return Packed(
         words, segments, lanes, _programs(blocks, BLOCKS), _programs(pixels, PIXELS), coefficients, samples, total
     )  # fmt: skip

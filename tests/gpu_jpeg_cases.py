@@ -3,7 +3,7 @@
 Pixels must be Pillow's (libjpeg-turbo's), all of them. The interpreter takes some 10 ms for each symbol of the longest segment, so its
 images are tiny; it runs in processes of its own, see :mod:`gpu_cases`.
 
->>> TRITON_INTERPRET=1 python tests/gpu_jpeg_cases.py decode 0 10  # or: damaged 0 10, other 0 1, compile 75 90
+>>> TRITON_INTERPRET=1 python tests/gpu_jpeg_cases.py decode 0 10  # or: damaged 0 10, other 1 2, compile 75 90
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_the_kernels_equal_pillow_and_touch_nothing_else():
     sound, damaged, other = (
         start("decode", "0", "15"),
         start("damaged", "0", "12"),
-        start("other", "0", "1"),
+        start("other", "1", "2"),
     )
     assert len(result(sound)) == 15
     assert result(other) == [gpu_jpeg.BAD_CODE, 0.0]

@@ -348,7 +348,13 @@ def test_nothing_private_is_imported_from_another_module():
 def test_kernels_know_numpy_and_numba_only():
     allowed = {"numpy", "numba", "llvmlite", "fastload", "__future__", *sys.stdlib_module_names}
     # What Triton launches on are torch's tensors; its code is in a module of its own, imported when it first runs.
-    more = {"fastload.kernels.gpu": {"torch"}, "fastload.kernels.gpu_triton": {"triton"}}
+    more = {
+        **{
+            f"fastload.kernels.{name}": {"torch"}
+            for name in ("gpu", "gpu_jpeg", "gpu_jpeg_reference", "jpeg_index")
+        },
+        **{f"fastload.kernels.{name}": {"triton"} for name in ("gpu_triton", "gpu_jpeg_triton")},
+    }
     for path, name, tree in trees():
         if room(name) == "kernels":
             for module, line in imports(tree, name, path.name == "__init__.py"):
@@ -381,8 +387,9 @@ def test_heavy_packages_are_imported_where_they_are_needed():
                 ), where
             assert package != "timm" or room(name) == "train", where
             assert package not in EXTRAS, where
-            assert package != "triton" or name == "fastload.kernels.gpu_triton", where
-            assert module != "fastload.kernels.gpu_triton", where
+            device_code = ("fastload.kernels.gpu_triton", "fastload.kernels.gpu_jpeg_triton")
+            assert package != "triton" or name in device_code, where
+            assert module not in device_code, where
 
 
 def test_every_module_begins_with_its_purpose():
