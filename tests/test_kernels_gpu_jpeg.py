@@ -48,6 +48,17 @@ def index_of(*files):
     return data, gpu_jpeg.index_of(np.frombuffer(data, np.uint8), starts, sizes)
 
 
+def patched(data, interval):
+    """The same JPEG, as if it were 4,000 x 4,000 pixels in one segment."""
+    info, _ = jpeg.parse(np.frombuffer(data, np.uint8))
+    bad, at, dri = bytearray(data), int(info[jpeg.FRAME_AT]), data.index(b"\xff\xdd\0\4")
+    end = data.index(b"\xff\xd0", int(info[jpeg.SCAN_AT]))
+    bad[at : at + 4] = 2 * (4000).to_bytes(2, "big")
+    bad[dri + 4 : dri + 6] = interval.to_bytes(2, "big")
+    bad[end + 1] = 0xD9
+    return bytes(bad)
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """The reference, whatever the environment says."""
@@ -168,16 +179,15 @@ def test_what_the_index_takes():
         cases.pillow(pixels, "CMYK", **marked),
         yes[0][: len(yes[0]) // 2],
         yes[1][:-40],
+        patched(yes[1], 60_000),  # more blocks than bits
         b"",
         b"no JPEG",
     ]
     _, index = index_of(*yes, *no)
-    assert index.ok.tolist() == [True] * 4 + [False] * 7
+    assert index.ok.tolist() == [True] * 4 + [False] * 8
     assert index.shapes[:4].tolist() == [[40, 56]] * 4 and not index.shapes[4:].any()
-    assert index.components.tolist()[:4] == [3, 3, 1, 3] and index.sampling[:4].tolist()[1:3] == [
-        [2, 2],
-        [1, 1],
-    ]
+    assert index.components[:4].tolist() == [3, 3, 1, 3]
+    assert index.sampling[1:4].tolist() == [[2, 2], [1, 1], [2, 2]]
     # Standard tables are there once.
     assert index.tables[1, 0] == index.tables[2, 0] and index.tables[1, 0] != index.tables[3, 0]
 
