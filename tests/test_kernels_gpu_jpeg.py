@@ -179,7 +179,7 @@ def test_what_the_index_takes():
         cases.pillow(pixels, "CMYK", **marked),
         yes[0][: len(yes[0]) // 2],
         yes[1][:-40],
-        patched(yes[1], 60_000),  # more blocks than bits
+        patched(yes[1], 65_535),  # more blocks than bits
         b"",
         b"no JPEG",
     ]
