@@ -27,6 +27,9 @@ DC, AC, QUANT = 0, 3, 6
 LONG = 0x8000
 _FIRST = 8
 _ROOM = 1 << 11  # entries of one table: 256, at most 510 for mixed and 512 for full long ones
+_FACTS = (
+    jpeg.HEIGHT, jpeg.WIDTH, jpeg.COMPONENTS, jpeg.MCU_H, jpeg.MCU_W, jpeg.MCUS_Y, jpeg.MCUS_X, jpeg.INTERVAL,
+)  # fmt: skip
 _MOST = 2**31  # what 32-bit places on the device reach: entries of all tables, bytes of one image's pixels
 
 
@@ -72,8 +75,10 @@ def index_of(data: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Index:
         known = info.tolist()
         grid, interval = known[jpeg.MCUS_Y] * known[jpeg.MCUS_X], known[jpeg.INTERVAL]
         number = -(-grid // interval)
-        # A segment has a byte and a marker at least, so that a header alone cannot ask for much memory.
-        if 3 * number > size or 3 * grid * known[jpeg.MCU_H] * known[jpeg.MCU_W] >= _MOST:
+        # A segment has a byte and a marker at least, a block two bits: a header alone cannot ask for much memory.
+        if 3 * number > size or grid * known[jpeg.BLOCKS] > 4 * size or size >= 2**32:
+            continue
+        if 3 * grid * known[jpeg.MCU_H] * known[jpeg.MCU_W] >= _MOST:
             continue
         begins = np.empty(number + 1, np.uint32)
         if not _find(piece, info, begins):
@@ -86,20 +91,11 @@ def index_of(data: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> Index:
         if min(found.values()) < 0:
             continue
         ok[i], first[i], tables[i] = True, total, [found[part] for part in parts]
-        facts[i] = [
-            *(known[jpeg.HEIGHT], known[jpeg.WIDTH], known[jpeg.COMPONENTS]),
-            *(
-                known[jpeg.MCU_H] // 8,
-                known[jpeg.MCU_W] // 8,
-                known[jpeg.MCUS_Y],
-                known[jpeg.MCUS_X],
-                interval,
-            ),
-        ]
+        facts[i] = [known[place] for place in _FACTS]
         kept.append(begins)
         total += number + 1
     return Index(
-        ok, starts, facts[:, :2].copy(), facts[:, 2].astype(np.uint8), facts[:, 3:5].astype(np.uint8),
+        ok, starts, facts[:, :2].copy(), facts[:, 2].astype(np.uint8), (facts[:, 3:5] // 8).astype(np.uint8),
         facts[:, 5:7].copy(), facts[:, 7].copy(), first, np.concatenate(kept), tables,
         shared[0].joined(np.int16), shared[1].joined(np.int32),
     )  # fmt: skip
