@@ -227,7 +227,7 @@ def _segments(rig: Rig, data: Any, count: int) -> tuple[str, str, str, Callable[
         for one, (y0, x0, y1, x1) in zip(encoded, windows.tolist())
     ]
     check, wrong = _same(got, exact[: len(got)])
-    wrong = wrong or ("it sees damage in whole files" if errors.any() else "")
+    wrong = wrong or ("it sees damage in whole files" if any(flags.any() for _, flags in errors) else "")
 
     def once() -> int:
         jpegs.decode(memory, bases, windows)

@@ -103,7 +103,7 @@ class Buffers:
     def _allocate(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         if self._pinned:
             kind = torch.uint8 if np.dtype(dtype) == np.uint8 else torch.float32
-            pinned: np.ndarray = torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+            pinned: np.ndarray = torch.empty(shape, dtype=kind, pin_memory=True, device="cpu").numpy()
             return pinned
         return np.empty(shape, dtype)
 

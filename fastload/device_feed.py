@@ -6,7 +6,7 @@ CIFAR-10 is five launches. Order, draws and pixels are those of the host, see :m
 
 All is begun from the consumer's thread on the engine's own stream; the consumer's stream waits for events, the host for nothing but a GPU
 that is several batches behind. The trade-off: a batch that is kept keeps the memory of those made with it, 64 MiB at most.
-Labels and other numbers are kept on the device; texts are looked up on the host.
+Labels and other numbers of up to 1 KiB a sample are kept on the device, too; texts and larger arrays are looked up on the host.
 
 >>> feed = DeviceFeed(engine, plan, order, dataset, finisher, batch_size=512, count=50_000, repeats=False)
 >>> images, labels = feed.end(feed.begin(epoch=0, start=0, stop=512))
@@ -32,7 +32,6 @@ from fastload.kernels import gpu
 from fastload.order import Order
 
 _ROWS = 16384  # samples that are drawn at once: some 50 MB of numbers in between
-_MOST_ROWS = 65535  # of one launch
 _BYTES = 64 << 20  # of the batches that one launch makes, unless one alone is larger
 _AHEAD = 4  # launches by which the host may be ahead of the consumer's stream
 
@@ -112,8 +111,11 @@ class DeviceFeed:
             self._shapes = self._put(engine.resident.shapes[indices])
             self._columns = {
                 name: torch.as_tensor(finisher.column(name, indices), device=self._device)
-                for name in finisher.number_fields
+                for name in finisher.small_fields
             }
+            self._paint = gpu.paint_on(self._device, engine.paint)
+        shape = tuple(engine.resident.shapes[indices[0]].tolist())
+        self._size: tuple[int, int] = plan.size or shape
         self._made: _Made | None = None
         self._marks: deque[Any] = deque(maxlen=_AHEAD)
 
@@ -140,7 +142,11 @@ class DeviceFeed:
             for tensor in (*values.values(), index):
                 # Else its memory could be given away while the consumer reads it.
                 tensor.record_stream(consumer)
-        return self._finisher.wrap(values, index, lambda: self._host_bases(drawn.epoch, job.start, job.stop))
+        # To autograd each batch is a tensor of its own: one may be changed while the graph of its neighbour is alive.
+        values = {name: tensor.data for name, tensor in values.items()}
+        return self._finisher.wrap(
+            values, index.data, lambda: self._host_bases(drawn.epoch, job.start, job.stop)
+        )
 
     def stop(self, jobs: Sequence[DeviceJob]) -> None:
         self._made = None
@@ -176,11 +182,11 @@ class DeviceFeed:
         drawn = self._made.drawn if self._made is not None else None
         if drawn is None or drawn.epoch != epoch or not drawn.start <= start < drawn.stop:
             drawn = self._draw(epoch, start)
-        size = self._plan.size or tuple(self._engine.resident.shapes[self._indices[0]].tolist())  # type: ignore[union-attr]
-        image_bytes = 3 * size[0] * size[1] * self._engine.dtype.itemsize
-        batches = max(1, min(_BYTES // image_bytes, _MOST_ROWS) // self._batch_size)
+        height, width = self._size
+        sample_bytes = 3 * height * width * self._engine.dtype.itemsize + 4 * self._finisher.classes
+        batches = max(1, _BYTES // sample_bytes // self._batch_size)
         stop = min(start + batches * self._batch_size, drawn.stop)
-        images = torch.empty((stop - start, *size, 3), dtype=self._engine.dtype, device=self._device)
+        images = torch.empty((stop - start, height, width, 3), dtype=self._engine.dtype, device=self._device)
         planes, first = images.permute(0, 3, 1, 2), start - drawn.start
         if drawn.packed is not None:
             gpu.render(drawn.packed.rows(first, first + len(images)), planes)
@@ -212,13 +218,15 @@ class DeviceFeed:
         keys = bases
         if self._repeats:
             keys = bases ^ in_front(self._order.places(start, stop, self._device))
-        table = self._plan.draw(self._order.seed, epoch, keys, shapes[:, 0], shapes[:, 1], self._batch_size)
+        table = self._plan.draw(
+            self._order.seed, epoch, keys, shapes[:, 0], shapes[:, 1], self._batch_size, self._size
+        )
         # No kernel needs that, but sums over other pixels, which have no weight, may be rounded otherwise than the host's.
         table = replace(table, clip=table.windows()[0])
         one = torch.ones_like(bases)
         strides = torch.stack([3 * shapes[:, 1], 3 * one, one], dim=1)
         sources = gpu.Sources(self._pointers[chosen], shapes, strides, (self._memory,))
-        packed = gpu.pack(sources, table, self._engine.paint) if gpu.runs_triton(bases) else None
+        packed = gpu.pack(sources, table, self._paint) if gpu.runs_triton(bases) else None
         columns = {name: column[chosen] for name, column in self._columns.items()}
         return _Drawn(epoch, start, stop, bases, table, sources, packed, columns)
 

@@ -25,6 +25,7 @@ from fastload.kernels import rng
 FLIP_HORIZONTAL, FLIP_VERTICAL = 1, 2
 _NUMPY = array_api_compat.array_namespace(np.empty(0))
 _QUANTILES = 16384
+_KEPT: dict[Any, Any] = {}
 # Luma and chroma of NTSC. A colour is its luma's share of grey, and two of chroma: all steps work on these alone.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 _RGB = np.linalg.inv(_YIQ)
@@ -170,12 +171,20 @@ class Plan:
         return size
 
     def draw(
-        self, seed: int, epoch: int, samples: Any, heights: Any, widths: Any, batch: int | None = None
+        self,
+        seed: int,
+        epoch: int,
+        samples: Any,
+        heights: Any,
+        widths: Any,
+        batch: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> Table:
         """The parameters of the samples (B,) with base ids ``samples`` and stored sizes ``heights``, ``widths``.
 
         All three are numpy arrays of integers, or int64 tensors on one device, and the table is of the same kind. ``batch``: the rows
-        are those of batches of so many samples, one after the other (only Mixup and CutMix ask); None is one batch.
+        are those of batches of so many samples, one after the other (only Mixup and CutMix ask); None is one batch. ``size`` is that
+        of images that stay as they are, if it is known: else a device has to be waited for to say it.
         """
         uniforms: Callable[[int, int], Any]  # (stream, count) to (B, count) float64
         if array_api_compat.is_torch_array(heights):
@@ -188,10 +197,10 @@ class Plan:
             uniforms = partial(rng.uniforms, seed, epoch, samples)
         xp = _namespace(heights)
         count = len(heights)
-        if self.size is None:
-            out_h, out_w = (int(heights[0]), int(widths[0])) if count else (0, 0)
-        else:
-            out_h, out_w = self.size
+        size = self.size or size
+        if size is None:
+            size = (int(heights[0]), int(widths[0])) if count else (0, 0)
+        out_h, out_w = size
         box, clip, place = self._boxes(uniforms, heights, widths)
         flips = xp.zeros_like(heights)
         for stream, flip in self._flips:
@@ -280,10 +289,7 @@ class Plan:
             along, across = chroma * (along * cos - across * sin), chroma * (along * sin + across * cos)
 
         def combined(*parts: tuple[Any, np.ndarray]) -> Any:
-            terms = [
-                part[:, None, None] * xp.asarray(matrix, device=array_api_compat.device(part))
-                for part, matrix in parts
-            ]
+            terms = [part[:, None, None] * _constant(matrix, part) for part, matrix in parts]
             return sum(terms[1:], terms[0])
 
         pixel = combined((luma, _LUMA), (along, _CHROMA), (across, _TURNED))
@@ -316,7 +322,7 @@ class Plan:
                 y0, y1 = (y - h // 2).clip(0, height), (y + h // 2).clip(0, height)
                 x0, x1 = (x - w // 2).clip(0, width), (x + w // 2).clip(0, width)
                 boxes = xp.where(chosen[:, None], _columns(y0, x0, y1, x1), boxes)
-                weight = 1.0 - _real((y1 - y0) * (x1 - x0)) / (height * width)
+                weight = 1.0 - _over(_real((y1 - y0) * (x1 - x0)), height * width)
             weights = xp.where(chosen, weight, weights)
         return xp.astype(weights, xp.float32), boxes
 
@@ -324,6 +330,17 @@ class Plan:
 def _namespace(array: Any) -> Any:
     """The array API of an array's library; numpy's without being looked for, which would cost more than most steps."""
     return _NUMPY if isinstance(array, np.ndarray) else array_api_compat.array_namespace(array)
+
+
+def _constant(values: np.ndarray, like: Any) -> Any:
+    """``values`` where ``like`` is. On a device they are kept, since the host waits for such a copy."""
+    if isinstance(like, np.ndarray):
+        return values
+    key = id(values), array_api_compat.device(like)
+    if key not in _KEPT:
+        # With the array itself, so that no other gets its number.
+        _KEPT[key] = values, _namespace(like).asarray(values, device=key[1])
+    return _KEPT[key][1]
 
 
 def _columns(*parts: Any) -> Any:
@@ -335,6 +352,11 @@ def _real(values: Any) -> Any:
     """As float64: torch would make float32 of a quotient of integers."""
     xp = _namespace(values)
     return xp.astype(values, xp.float64)
+
+
+def _over(values: Any, number: float) -> Any:
+    """A quotient, rounded once: of a tensor on a GPU torch would make a product with the inverse of a plain number."""
+    return values / _namespace(values).full_like(values, number)
 
 
 def _whole(values: Any) -> Any:
@@ -375,7 +397,7 @@ def _resized_crops(spec: T.RandomResizedCrop, u: Any, heights: Any, widths: Any)
     h, w, along_y, along_x = _first(fits, h, w, u[:, :, 2], u[:, :, 3])
     shape = _real(widths) / heights
     back_w = xp.where(shape > spec.ratio[1], _whole(_real(heights) * spec.ratio[1]), widths)
-    back_h = xp.where(shape < spec.ratio[0], _whole(_real(widths) / spec.ratio[0]), heights)
+    back_h = xp.where(shape < spec.ratio[0], _whole(_over(_real(widths), spec.ratio[0])), heights)
     # An extreme ratio can round to a side longer than the image or to none.
     back_w, back_h = (xp.minimum(b, most).clip(min=1) for b, most in ((back_w, widths), (back_h, heights)))
     ok = xp.any(fits, axis=1)
@@ -423,7 +445,7 @@ def _erase_boxes(spec: T.RandomErasing | T.Cutout, u: Any, height: int, width: i
 def _beta(alpha: float, u: Any) -> Any:
     """(B,) draws from Beta(alpha, alpha): the inverse of its distribution function at ``u``, linear between 16,384 places."""
     xp = _namespace(u)
-    quantiles = xp.asarray(_quantiles(alpha), device=array_api_compat.device(u))
+    quantiles = _constant(_quantiles(alpha), u)
     at = u * _QUANTILES
     below = xp.astype(at, xp.int64)
     low, high = xp.take(quantiles, below, axis=0), xp.take(quantiles, below + 1, axis=0)

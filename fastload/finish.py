@@ -23,6 +23,7 @@ from fastload.jobs import Job
 from fastload.kernels import pixels
 
 _LISTS = ("bytes", "json")  # kinds of fields that no tensor can hold
+_SMALL = 1024
 
 
 class Finisher:
@@ -42,7 +43,7 @@ class Finisher:
         self._dtype, self._device, self._buffers, self._classes = dtype, device, buffers, classes
         self._batch_class = batch_class(fields)
         self._late = device is not None and device.type == "cuda" and not plan.mixers
-        self._affine = plan.affine
+        self._affine: tuple[torch.Tensor, ...] = ()  # on the device, once they were wanted there
 
     @property
     def wants_floats(self) -> bool:
@@ -67,7 +68,11 @@ class Finisher:
     def convert(self, images: torch.Tensor) -> torch.Tensor:
         """The images in the loader's dtype, normalised if they are not yet."""
         if self._late and self._dtype != torch.uint8:
-            scale, shift = (torch.from_numpy(v).to(images.device).view(1, 3, 1, 1) for v in self._affine)
+            if not self._affine:  # the host waits for a copy such as this
+                self._affine = tuple(
+                    torch.from_numpy(v).to(images.device).view(1, 3, 1, 1) for v in self._plan.affine
+                )
+            scale, shift = self._affine
             images = images.to(torch.float32).mul_(scale).add_(shift)
         return images if images.dtype == self._dtype else images.to(self._dtype)
 
@@ -100,15 +105,24 @@ class Finisher:
         return self._dataset.image_field
 
     @property
-    def number_fields(self) -> list[str]:
-        """The fields that are tensors, besides images and index."""
-        return [
-            name
-            for name in self._fields
-            if name in self._dataset.fields
-            and name != self.image_field
-            and self._dataset.fields[name].kind not in _LISTS
-        ]
+    def small_fields(self) -> list[str]:
+        """The fields besides images and index that a device can keep: numbers, of at most 1 KiB a sample, and labels that are mixed."""
+        known = [f for f in self._fields if f in self._dataset.fields and f != self.image_field]
+        found = []
+        for name in known:
+            if self._dataset.fields[name].kind in _LISTS:
+                continue
+            one = self._dataset.gather(name, self._dataset.indices[:1])
+            # torch has hardly an operation for unsigned numbers of more than a byte.
+            small = one.nbytes <= _SMALL and one.dtype not in (np.uint16, np.uint32, np.uint64)
+            if small or (name == "label" and self._plan.mixers):
+                found.append(name)
+        return found
+
+    @property
+    def classes(self) -> int:
+        """The length of soft labels, 0 without mixing."""
+        return self._classes
 
     def column(self, name: str, bases: np.ndarray) -> Any:
         """A field of the samples ``bases`` (B,): a tensor on the device, or a list."""
@@ -122,7 +136,11 @@ class Finisher:
         return self._move(torch.from_numpy(np.ascontiguousarray(values)))
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self._device is None else tensor.to(self._device, non_blocking=True)
+        if self._device is None:
+            return tensor
+        if self._device.type == "cuda" and not tensor.is_cuda:
+            tensor = tensor.pin_memory()  # else the host would wait for the copy
+        return tensor.to(self._device, non_blocking=True)
 
     def check_labels(self, labels: np.ndarray) -> None:
         """DataError for labels (B,) that cannot be made into soft ones."""
@@ -137,10 +155,8 @@ class Finisher:
         Arrays, or tensors on one device.
         """
         xp, device = array_api_compat.array_namespace(mix), array_api_compat.device(mix)
-        if labels.ndim == 1:
-            soft = xp.zeros((len(labels), self._classes), dtype=xp.float32, device=device)
-            soft[xp.arange(len(labels), device=device), labels] = 1.0
-        else:
-            soft = xp.astype(labels, xp.float32)
+        # Compared, and not written to its places, for which a GPU would make the host wait.
+        own_class = labels[:, None] == xp.arange(self._classes, device=device) if labels.ndim == 1 else labels
+        soft = xp.astype(own_class, xp.float32)
         own = mix[:, None]
         return soft * own + xp.flip(soft, axis=0) * (1 - own)

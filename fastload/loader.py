@@ -179,7 +179,6 @@ class Loader:
         self._drawer = Drawer(self.dataset, self.plan, self._order, self._repeats)
         self._filler = Filler(self.dataset, self.plan, seed, engine_of_threads, self._replace)
         self.engine = engine
-        self._gpu_options: dict[str, Any] = {"decode": gpu_decode, "cache": cache, "vram": vram, "ram": ram}
         try:
             self.device = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
@@ -191,16 +190,28 @@ class Loader:
         cuda = self.device is not None and self.device.type == "cuda"
         if cuda and not torch.cuda.is_available():
             raise UsageError("device 'cuda' is not available here; see: fastload doctor")
+        if cuda and self.device is not None and self.device.index is None:
+            # Its number, since each thread has a current device of its own.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._buffers = Buffers(pinned=cuda)
         self._finisher = Finisher(
             self.dataset, self.plan, self._fields, self.dtype, self.device, self._buffers, classes
         )
-        self._engine = (
-            None if engine == "cpu" else EngineMaker(lambda: made or self._build_engine(), self._filler)
-        )
+        self._engine: EngineMaker | None = None
         self._device_feed: Feed | None = None
-        if self._engine is not None:
-            self._device_feed = self._on_device(self._engine.engine)
+        self._own_choice = ""
+        if engine != "cpu":
+            # What it lacks is said here, not in the middle of a training.
+            made = made or self._build_engine(decode=gpu_decode, cache=cache, vram=vram, ram=ram)
+            try:
+                self._device_feed = self._on_device(made)
+            except BaseException:
+                made.close()
+                raise
+            self._engine = EngineMaker(made, self._filler)
+            self._own_choice = getattr(made, "chosen", "")
+            if self._device_feed is not None:
+                self._own_choice += "; batches are drawn and made there, without the CPU"
         self.epoch = 0
         self._position = 0  # samples of this rank that were handed out in `epoch`
         self._started = False
@@ -235,11 +246,11 @@ class Loader:
     @property
     def chosen(self) -> str:
         """What was chosen by measuring, by budget or by default, and why."""
-        own = "" if self._engine is None else getattr(self._engine.engine, "chosen", "")
-        if self._device_feed is not None:
-            own += "; batches are drawn and made there, without the CPU"
         measured = "" if self.choice is None else str(self.choice)
-        return "; ".join(part for part in (measured, own) if part) or f"engine {self.engine!r}, as asked for"
+        return (
+            "; ".join(part for part in (measured, self._own_choice) if part)
+            or f"engine {self.engine!r}, as asked for"
+        )
 
     @property
     def errors(self) -> list[Replaced]:
@@ -380,14 +391,14 @@ class Loader:
             count=self.num_samples, repeats=self._repeats,
         )  # fmt: skip
 
-    def _build_engine(self) -> Any:
+    def _build_engine(self, **of_cuda: Any) -> Any:
         """The engine by its name, with the options of this loader."""
         if self.engine == "cuda":
             from fastload.engines.cuda import CudaEngine
 
             return CudaEngine(
                 self.dataset, self.plan, batch_size=self.batch_size, threads=self.threads, device=self.device or "cuda",
-                prefetch=self.prefetch, dtype=self.dtype, **self._gpu_options,
+                prefetch=self.prefetch, dtype=self.dtype, **of_cuda,
             )  # fmt: skip
         from fastload.engines.dali import DaliEngine
 

@@ -93,18 +93,10 @@ class CpuMaker:
 
 
 class EngineMaker:
-    """An engine with ``submit``, ``collect``, ``drop`` and ``close``, built by ``build`` when the first job comes."""
+    """An engine with ``submit``, ``collect``, ``drop`` and ``close``."""
 
-    def __init__(self, build: Callable[[], Any], filler: Filler) -> None:
-        self._build, self._filler = build, filler
-        self._engine: Any = None
-
-    @property
-    def engine(self) -> Any:
-        """The engine, built if it is not yet."""
-        if self._engine is None:
-            self._engine = self._build()
-        return self._engine
+    def __init__(self, engine: Any, filler: Filler) -> None:
+        self.engine, self._filler = engine, filler
 
     def begin(self, job: Job) -> None:
         self.engine.submit(job.bases, job.spans, job.table, partial(self._filler.execute, job))
@@ -114,10 +106,7 @@ class EngineMaker:
         return images.permute(0, 3, 1, 2)
 
     def stop(self, jobs: Sequence[Job]) -> None:
-        if self._engine is not None:
-            self._engine.drop()
+        self.engine.drop()
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self.engine.close()

@@ -116,6 +116,10 @@ def crop(sources: Sources, table: Any, out: torch.Tensor, paint: Paint) -> None:
 
 def render(packed: Packed, out: torch.Tensor) -> None:
     """Fill ``out`` as :func:`crop` does, from what :func:`pack` made of tensors on its device; nothing is checked."""
+    if len(out) > _MOST_IMAGES:
+        for start in range(0, len(out), _MOST_IMAGES):
+            render(packed.rows(start, start + _MOST_IMAGES), out[start : start + _MOST_IMAGES])
+        return
     kernels = triton_kernels("gpu_triton")
     count, height, width, last = len(out), *out.shape[2:], _channels_last(out)
     columns = packed.words.shape[1]
@@ -226,10 +230,22 @@ class Packed(NamedTuple):
         return self._replace(words=self.words[start:stop], reals=self.reals[start:stop])
 
 
-def pack(sources: Sources, table: Any, paint: Paint) -> Packed:
+def paint_on(device: Any, paint: Paint) -> torch.Tensor:
+    """A paint as the kernels read it, (9 + 3K,) float32 on the device, which is waited for."""
+    import torch
+
+    return torch.from_numpy(_colours(paint)).to(device)
+
+
+def _colours(paint: Paint) -> np.ndarray:
+    parts = (paint.background, paint.scale, paint.shift, paint.erase_fill.ravel())
+    return np.concatenate(parts).astype(np.float32)
+
+
+def pack(sources: Sources, table: Any, paint: Any) -> Packed:
     """Tables and sources as numbers for the kernels, whose floats are 32 bits: all that needs 64 is done here.
 
-    Both may be tensors on a device, which then is not waited for.
+    ``sources`` and ``table`` may be tensors on a device, which then is not waited for; ``paint`` is then what :func:`paint_on` made.
     """
     xp, device = array_api_compat.array_namespace(table.box), array_api_compat.device(table.box)
     count, erasers = len(table.box), table.erase.shape[1]
@@ -258,9 +274,7 @@ def pack(sources: Sources, table: Any, paint: Paint) -> Packed:
         asks = table.coloured & xp.any(xp.reshape(table.colour[:, :, 3:6], (count, 9)) != 0, axis=1)
         words[:, 9] = xp.astype(table.coloured, xp.int64) + 2 * xp.astype(asks, xp.int64)
         means = not isinstance(table.box, np.ndarray) or bool(asks.any())
-    parts = (paint.background, paint.scale, paint.shift, paint.erase_fill[:erasers].ravel())
-    colours = xp.asarray(np.concatenate(parts).astype(np.float32), device=device)
-    return Packed(words, reals, colours, means)
+    return Packed(words, reals, _colours(paint) if isinstance(table.box, np.ndarray) else paint, means)
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,27 @@ def test_auto_measures_and_says_what_it_took(dali, photos):
     assert sum(len(b.index) for b in loader) == 43
 
 
+def test_a_loader_that_is_forgotten_takes_its_cache_with_it(photos):
+    """Without the cycle collector: nothing tells it that a GPU is full."""
+    loader = batches(photos, "cuda", "train", device="cpu", cache="device")
+    memory, engine = weakref.ref(loader._device_feed._memory), weakref.ref(loader._engine.engine)
+    next(iter(loader))
+    gc.collect()
+    gc.disable()
+    try:
+        del loader
+        assert memory() is None and engine() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_said_of_a_choice_does_not_make_it_again(photos):
+    loader = batches(photos, "cuda", "train", device="cpu", cache="device")
+    said = loader.chosen
+    loader.close()
+    assert loader.chosen == said and loader._engine.engine.resident is None
+
+
 def test_what_was_measured_is_used(dali, photos, monkeypatch):
     """An engine is built once: a cache is filled by decoding all images."""
     from fastload import loader as room
@@ -204,6 +226,29 @@ def test_the_faster_one_is_chosen_and_the_other_is_closed(batches):
     assert str(alone) == "engine 'slow' is the only one here; gpu not measured: it needs a GPU"
     with pytest.raises(UsageError, match="it needs a GPU"):
         choose({"gpu": broken})
+
+    def driver():
+        raise RuntimeError("CUDA error: out of memory")
+
+    class Stops(_Fake):
+        def __iter__(self):
+            yield from list(super().__iter__())[:1]
+            raise RuntimeError("it failed at the second batch")
+
+    stops = Stops(0.001, 5)
+    choice, _ = choose({"slow": lambda: slow, "driver": driver, "stops": lambda: stops})
+    assert choice.name == "slow" and stops.closed and list(choice.rates) == ["slow"]
+    assert "out of memory" in choice.left_out["driver"] and "second batch" in choice.left_out["stops"]
+
+    class Wrong(_Fake):
+        def __iter__(self):
+            raise CorruptError("bad bytes")
+
+    wrong = Wrong(0.001)
+    fast.closed = False
+    with pytest.raises(CorruptError):
+        choose({"fast": lambda: fast, "wrong": lambda: wrong})
+    assert wrong.closed and fast.closed
     assert choose({"none": lambda: _Fake(0, 0), "fast": lambda: _Fake(0.002)})[0].name == "fast"
 
 

@@ -12,7 +12,9 @@ from fastload.train.loading import loading
 
 
 def test_options_go_to_the_loader_that_knows_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000_000_000, 16_000_000_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7_000_000_000, 16_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2_000_000_000)
     assert loading(Config(threads=3), None, keep=True) == {"threads": 3, "engine": "cpu"}
     cuda = Config(engine="cuda", gpu_decode="segments", cache="device")
     plain = {"threads": None, "engine": "cuda", "gpu_decode": "segments"}

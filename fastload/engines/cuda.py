@@ -23,6 +23,7 @@ a file without (FFCV's) only ``decode="cpu"`` and ``fastload verify`` find damag
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import warnings
 from collections import deque
@@ -352,7 +353,9 @@ class CudaEngine:
         """Set ``_resident``; returns what it keeps and why."""
         bases = resident.first_uses(self._dataset.indices)
         pixels, encoded, raw, shapes = resident.measure(self._dataset.spans, bases)
-        budget = resident.free_bytes(where, self.device) if budget is None else budget
+        if budget is None:
+            gc.collect()  # loaders that nobody holds any more, and their caches
+            budget = resident.free_bytes(where, self.device)
         count, jpegs, usable = int(bases.max(initial=-1)) + 1, None, None
         if (
             where == resident.DEVICE

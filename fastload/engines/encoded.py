@@ -49,15 +49,15 @@ class Encoded:
 
     def decode(
         self, memory: torch.Tensor, bases: np.ndarray, windows: np.ndarray
-    ) -> tuple[gpu.Sources, torch.Tensor]:
-        """Windows (B, 4) int64 of samples that lie in ``memory``, as sources of their own, and error flags (B,) int32 on the device.
+    ) -> tuple[gpu.Sources, list[tuple[np.ndarray, torch.Tensor]]]:
+        """Windows (B, 4) int64 of samples that lie in ``memory``, as sources of their own, and their error flags.
 
-        On the current stream, without waiting.
+        These are pairs of rows (n,) int64 and flags (n,) int32 on the device. On the current stream, without waiting.
         """
         count = len(bases)
         pointers, shapes, strides = (np.zeros((count, *more), np.int64) for more in ((), (2,), (3,)))
         owners: list[torch.Tensor] = [memory] * count
-        errors = torch.zeros(count, dtype=torch.int32, device=memory.device)
+        errors = []
         for number, index in enumerate(self._indexes):
             mine = np.flatnonzero(self._which[bases] == number)
             if not mine.size:
@@ -66,10 +66,7 @@ class Encoded:
             pointers[mine], shapes[mine], strides[mine] = found.pointers, found.shapes, found.strides
             for row in mine.tolist():
                 owners[row] = found.owners[0]
-            if mine.size == count:
-                errors = flags
-            else:
-                errors[torch.from_numpy(mine).to(memory.device)] = flags
+            errors.append((mine, flags))
         return gpu.Sources(pointers, shapes, strides, tuple(owners)), errors
 
     def damaged(self, memory: torch.Tensor, bases: np.ndarray, shapes: np.ndarray) -> np.ndarray:
@@ -78,5 +75,5 @@ class Encoded:
         for at in range(0, len(bases), _TOGETHER):
             some, size = bases[at : at + _TOGETHER], shapes[at : at + _TOGETHER]
             _, errors = self.decode(memory, some, np.concatenate([np.zeros_like(size), size], axis=1))
-            found.append(some[errors.cpu().numpy() != 0])
+            found += [some[rows[flags.cpu().numpy() != 0]] for rows, flags in errors]
         return np.concatenate(found)

@@ -184,7 +184,7 @@ class Resident:
         first, total = int(self.starts[bases[0]]), int(self.lengths[bases].sum())
         pinned = self.memory.device.type == "cuda"
         if self.on_device:
-            data = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
+            data = torch.empty(total, dtype=torch.uint8, pin_memory=pinned, device="cpu")
         else:
             data = self.memory[first : first + total]
         out, trusted = data.numpy(), np.zeros(len(bases), np.int64)

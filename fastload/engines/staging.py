@@ -83,7 +83,7 @@ class Ring:
                     del self._free[place]
                     return buffer
         room = -(-(size + size // 4) // _ROUND) * _ROUND
-        return torch.empty(max(room, _ROUND), dtype=torch.uint8, pin_memory=self._pinned)
+        return torch.empty(max(room, _ROUND), dtype=torch.uint8, pin_memory=self._pinned, device="cpu")
 
     def give(self, buffer: torch.Tensor, events: list[Any]) -> None:
         """Have it back; it is free when the ``events`` have come. The smallest goes where there are too many."""
