@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_beton
 from engine_cases import random_pipeline
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastload
 from fastload import beton, device_feed, draws
@@ -22,6 +26,7 @@ from fastload.draws import Plan
 from fastload.engines import staging
 from fastload.errors import DataError
 from fastload.feeds import Drawer
+from fastload.finish import Finisher
 from fastload.kernels import gpu
 from fastload.order import Order
 
@@ -233,6 +238,49 @@ def test_tables_of_tensors_are_those_of_arrays(seed):
         assert ours.numpy().dtype == theirs.dtype and ours.shape == theirs.shape, name
         # Two libraries' sine and cosine may differ in their last bit.
         assert np.allclose(ours, theirs, rtol=1e-6 if name == "colour" else 0, atol=0), name
+
+
+class Copies(TorchDispatchMode):
+    """Counts what makes a host wait for a GPU: copies between them. Reading a number is refused by fake tensors themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {part.device for part in (*args, out) if isinstance(part, torch.Tensor)}
+        if any(name in str(func) for name in ("_to_copy", "copy_", "index_put")) and len(devices) > 1:
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("seed", range(56))
+def test_on_a_gpu_nothing_is_mixed_with_the_host_and_nothing_waits(seed, monkeypatch):
+    """Tensors without data on a GPU that need not be here: which devices meet is checked by torch."""
+    plan = Plan(random_pipeline(seed) + MIXERS[seed % 4])
+    monkeypatch.setattr(draws, "_KEPT", {})
+    with FakeTensorMode() as mode, Copies() as copies:
+
+        def blank(*shape, dtype=torch.int64):
+            return torch.empty(shape, dtype=dtype, device="cuda:1")
+
+        monkeypatch.setattr(
+            "fastload.kernels.gpu_rng.uniforms",
+            lambda s, e, ids, stream, count: blank(len(ids), count, dtype=torch.float64),
+        )
+        paint = blank(9 + 3 * len(plan.erase_fill), dtype=torch.float32)
+        for turn in range(2):
+            copies.found.clear()
+            table = plan.draw(0, 0, blank(12), blank(12), blank(12), 5, (20, 30))
+            sources = gpu.Sources(blank(12), blank(12, 2), blank(12, 3), ())
+            packed = gpu.pack(sources, replace(table, clip=table.windows()[0]), paint)
+            assert {str(part.device) for part in (packed.words, packed.reals)} == {"cuda:1"}
+            if table.mix is not None:
+                soft = Finisher.soften(SimpleNamespace(_classes=7), blank(5), table.mix[:5])
+                assert soft.shape == (5, 7) and str(soft.device) == "cuda:1"
+            assert turn == 0 or not copies.found  # constants are brought there once
+    assert mode is not None
 
 
 def test_batches_drawn_together_are_those_drawn_apart():
