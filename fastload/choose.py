@@ -102,7 +102,8 @@ def rate(loader: Any, seconds: float) -> float:
             now = time.perf_counter()
             images += len(batch.index)
             if now - begun > seconds:
+                now = clock()  # before the iteration is left, which may wait for what was begun
                 break
         if images == seen:  # no batch in an epoch
             return 0.0
-    return images / (clock() - begun)
+    return images / (now - begun)

@@ -15,7 +15,7 @@ from conftest import make_beton
 
 import fastload
 from fastload import transforms as T
-from fastload.choose import Choice, choose
+from fastload.choose import Choice, choose, rate
 from fastload.errors import CorruptError, UsageError
 
 PIPELINES = {
@@ -173,6 +173,11 @@ def test_what_is_said_of_a_choice_does_not_make_it_again(photos):
     assert loader.chosen == said and loader._engine.engine.resident is None
 
 
+def test_leaving_an_iteration_is_not_measured():
+    """DALI waits for the batches that it has begun."""
+    assert rate(_Fake(0.01, leaving=0.5), 0.2) > 500
+
+
 def test_what_was_measured_is_used(dali, photos, monkeypatch):
     """An engine is built once: a cache is filled by decoding all images."""
     from fastload import loader as room
@@ -195,15 +200,18 @@ def test_what_was_measured_is_used(dali, photos, monkeypatch):
 class _Fake:
     """Batches of 10 that take ``seconds`` each, so many in an epoch."""
 
-    def __init__(self, seconds, batches=1000):
-        self.seconds, self.batches, self.closed = seconds, batches, False
+    def __init__(self, seconds, batches=1000, leaving=0.0):
+        self.seconds, self.batches, self.leaving, self.closed = seconds, batches, leaving, False
 
     def __iter__(self):
         import time
 
-        for _ in range(self.batches):
-            time.sleep(self.seconds)
-            yield type("B", (), {"index": range(10)})
+        try:
+            for _ in range(self.batches):
+                time.sleep(self.seconds)
+                yield type("B", (), {"index": range(10)})
+        finally:
+            time.sleep(self.leaving)
 
     def close(self):
         self.closed = True
