@@ -66,10 +66,9 @@ class Packed(NamedTuple):
     """What is to be done, as the kernels read it. The arrays are int64."""
 
     words: np.ndarray  # (B, COLUMNS), see pack
-    segments: (
-        np.ndarray
-    )  # (S, 2): place of the first byte; number in the image << 33 | whether these are all of its MCUs << 32
-    # | MCUs to decode << 16 | bytes: both are 16 bits in a JPEG and in our index of it
+    # (S, 2): place of the first byte; number in the image << 33 | whether these are all of its MCUs << 32 | MCUs to decode << 16
+    # | bytes: both are 16 bits in a JPEG and in our index of it
+    segments: np.ndarray
     lanes: np.ndarray  # (P,): image << 32 | first segment of each program
     blocks: np.ndarray  # (P,): the same with the first block
     pixels: np.ndarray  # (P,): and with the first pixel

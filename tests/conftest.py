@@ -102,3 +102,21 @@ def photos(shared_data):
             if len(found) == 60:
                 break
     return found
+
+
+@pytest.fixture
+def make():
+    """The function that makes a CUDA engine, on the CPU if nothing else is said, which is closed after the test."""
+    from fastload.draws import Plan
+    from fastload.engines.cuda import CudaEngine
+
+    made = []
+
+    def engine(ds, plan, **options):
+        options = {"batch_size": 16, "threads": 2, "device": "cpu", **options}
+        made.append(CudaEngine(ds, plan if isinstance(plan, Plan) else Plan(plan), **options))
+        return made[-1]
+
+    yield engine
+    for one in made:
+        one.close()

@@ -5,7 +5,6 @@ The tests at the end are for a machine with a GPU, and run there as they are.
 
 import gc
 import importlib.util
-import io
 import os
 import threading
 import time
@@ -14,10 +13,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from engine_cases import draw, random_pipeline
+from engine_cases import KINDS, batches, draw, jpeg_of, random_pipeline, sizes, write
 from PIL import Image
 
-from fastload import beton, codecs, concat, dataset
+from fastload import codecs, concat, dataset
 from fastload import transforms as T
 from fastload.draws import Plan
 from fastload.engines import cuda, gpu_decode, resident, staging
@@ -31,77 +30,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 FLOATS = {torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # and how coarse they are
 
 
-def jpeg_of(image, mode="RGB", **options):
-    file = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(file, "JPEG", quality=90, **options)
-    return file.getvalue()
-
-
-PLAIN = {
-    "ours": codecs.encode_jpeg,
-    "raw": lambda p: p,
-    "unindexed": jpeg_of,
-    "grey": lambda p: codecs.keep_jpeg(jpeg_of(p, "L")),
-    "4:4:4": lambda p: codecs.keep_jpeg(jpeg_of(p, subsampling=0)),
-    "4:2:2": lambda p: codecs.keep_jpeg(jpeg_of(p, subsampling=1)),
-}
-KINDS = {
-    **PLAIN,
-    "progressive": lambda p: jpeg_of(p, progressive=True),
-    "cmyk": lambda p: jpeg_of(p, "CMYK"),
-}
-
-
-def write(path, images):
-    """A dataset of (height, width, raw pixels or JPEG bytes)."""
-    writer = beton.Writer(path, [beton.Field("image", "image"), beton.Field("label", "int")], len(images))
-    for i, (height, width, data) in enumerate(images):
-        mode = "raw" if isinstance(data, np.ndarray) else "jpeg"
-        image = beton.EncodedImage(mode, height, width, data)
-        writer.add({"image": image, "label": i % 4}, id=f"id-{i}", source=f"{i}.jpg")
-    writer.finish({})
-    return dataset.open(path)
-
-
-def sizes(count, low=20, high=150, seed=1):
-    return np.random.default_rng(seed).integers(low, high, (count, 2)).tolist()
-
-
 @pytest.fixture(scope="module")
 def odd(picture, tmp_path_factory):
     """All kinds of images, three of each, of all sizes."""
     ways = list(KINDS.values()) * 3
     images = [(h, w, ways[i](picture(h, w, i))) for i, (h, w) in enumerate(sizes(len(ways)))]
     return write(tmp_path_factory.mktemp("cuda") / "odd.beton", images)
-
-
-@pytest.fixture
-def make():
-    """The function that makes an engine, which is closed after the test."""
-    made = []
-
-    def engine(ds, plan, **options):
-        options = {"batch_size": 16, "threads": 2, "device": "cpu", **options}
-        made.append(CudaEngine(ds, plan if isinstance(plan, Plan) else Plan(plan), **options))
-        return made[-1]
-
-    yield engine
-    for one in made:
-        one.close()
-
-
-def batches(engine, ds, plan, size, seed=0, epoch=0, ahead=2, **options):
-    """(bases, table, images) of all samples, submitted some batches ahead."""
-    waiting = []
-    for start in range(0, len(ds), size):
-        bases = ds.indices[start : start + size]
-        table = draw(ds, plan, bases, seed, epoch)
-        engine.submit(bases, ds.spans(bases), table, **options)
-        waiting.append((bases, table))
-        if len(waiting) > ahead:
-            yield (*waiting.pop(0), engine.collect())
-    while waiting:
-        yield (*waiting.pop(0), engine.collect())
 
 
 def by_cpu(ds, plan, bases, table, shape, dtype=torch.uint8, decode="exact"):

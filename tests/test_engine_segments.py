@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_picture
-from engine_cases import random_pipeline
-from test_engine_cuda import KINDS, batches, make, sizes, write  # noqa: F401  (make is a fixture)
+from engine_cases import KINDS, batches, random_pipeline, sizes, write
 
 import fastload
 from fastload import concat, dataset
@@ -41,7 +40,7 @@ def encoded_budget(ds):
 
 
 @pytest.mark.parametrize("seed", range(21))
-def test_pixels_are_those_of_libjpeg(odd, make, seed):  # noqa: F811
+def test_pixels_are_those_of_libjpeg(odd, make, seed):
     """torchvision's decoder is libjpeg-turbo on the CPU; progressive and CMYK images are ours to decode in both."""
     plan = Plan(random_pipeline(seed))
     engines = [make(odd, plan, decode=way, batch_size=7) for way in ("gpu", "segments")]
@@ -53,7 +52,7 @@ def test_pixels_are_those_of_libjpeg(odd, make, seed):  # noqa: F811
         assert all(torch.equal(wanted, one) for one in others)
 
 
-def test_what_is_kept_encoded_is_not_read_again(beton_file, make, monkeypatch):  # noqa: F811
+def test_what_is_kept_encoded_is_not_read_again(beton_file, make, monkeypatch):
     ds, plan = dataset.open(beton_file(count=24)), Plan((T.RandomResizedCrop(24), T.ColorJitter(0.3, 0.3)))
     wanted = [images for *_, images in batches(make(ds, plan), ds, plan, 8)]
     engine = make(ds, plan, cache="device", vram=encoded_budget(ds))
@@ -69,7 +68,7 @@ def test_what_is_kept_encoded_is_not_read_again(beton_file, make, monkeypatch): 
         assert torch.equal(a, b)
 
 
-def test_several_files_and_views(beton_file, make):  # noqa: F811
+def test_several_files_and_views(beton_file, make):
     parts = [
         dataset.open(beton_file(f"{seed}.beton", count=9, seed=seed, store=store))
         for seed, store in ((1, "jpeg"), (2, "mixed"))
@@ -99,7 +98,7 @@ def test_the_loader_takes_it_by_name_and_by_budget(beton_file):
         fastload.Loader(path, 8, gpu_decode="cpu", cache="device", vram=budget, **options)
 
 
-def test_images_without_restart_markers_are_told(make, tmp_path):  # noqa: F811
+def test_images_without_restart_markers_are_told(make, tmp_path):
     ways = [KINDS["ours"], KINDS["unindexed"]] * 5
     ds = write(
         tmp_path / "half.beton", [(90, 120, way(make_picture(90, 120, i))) for i, way in enumerate(ways)]
@@ -113,7 +112,7 @@ def test_images_without_restart_markers_are_told(make, tmp_path):  # noqa: F811
         assert torch.equal(a, b)
 
 
-def test_bytes_that_nobody_vouches_for_are_decoded_once_before_they_are_kept(beton_file, make, monkeypatch):  # noqa: F811
+def test_bytes_that_nobody_vouches_for_are_decoded_once_before_they_are_kept(beton_file, make, monkeypatch):
     """As in files of FFCV, which have no checksums: what is damaged there is read from the file, where damage is told."""
     from fastload.beton import Reader
 
@@ -132,7 +131,7 @@ def test_bytes_that_nobody_vouches_for_are_decoded_once_before_they_are_kept(bet
 
 @needs_gpu
 @pytest.mark.parametrize("seed", range(14))
-def test_gpu_pixels_are_those_of_the_cpu(odd, make, seed):  # noqa: F811
+def test_gpu_pixels_are_those_of_the_cpu(odd, make, seed):
     plan = Plan(random_pipeline(seed))
     wanted = [images for *_, images in batches(make(odd, plan, batch_size=7), odd, plan, 7)]
     for more in ({"decode": "segments"}, {"cache": "device", "vram": encoded_budget(odd)}):

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_train_loop import CFG, photos  # noqa: F401  (photos is a fixture)
+from conftest import make_beton
 
 from fastload.errors import UsageError
 from fastload.train import Config, Trainer, trainer
 from fastload.train.loading import loading
+
+CFG = Config(
+    model="test_resnet", epochs=3, size=32, batch_size=8, lr=3e-3, augment="light", ema=0.0, device="cpu", threads=1,
+    allow_leak=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_beton(
+        tmp_path_factory.mktemp("data") / "photos.beton", 42, classes=3, store="raw", size=(32, 32)
+    )
 
 
 def test_options_go_to_the_loader_that_knows_them(monkeypatch):
@@ -35,7 +47,7 @@ def test_wrong_options_are_told():
         Config(engine="cuda", cache="device", cache_gb=0)
 
 
-def test_training_with_other_engines(photos, tmp_path, monkeypatch):  # noqa: F811
+def test_training_with_other_engines(photos, tmp_path, monkeypatch):
     """Stored pixels, which every engine crops alike to a level: so the runs stay close, and each asks its own engine."""
     pytest.importorskip("nvidia.dali")
     losses, engines = {}, []
@@ -65,7 +77,7 @@ def test_training_with_other_engines(photos, tmp_path, monkeypatch):  # noqa: F8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_an_engine_that_is_named_is_wanted(photos, tmp_path):  # noqa: F811
+def test_an_engine_that_is_named_is_wanted(photos, tmp_path):
     cfg = Config.from_dict({**CFG.to_dict(), "engine": "cuda"})
     with pytest.raises(UsageError, match="'cuda' is not available here"):
         Trainer(cfg).fit(photos, out=tmp_path / "run")
