@@ -13,9 +13,11 @@ import json
 import mmap
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
+from engine_cases import random_pipeline
 
 from fastload import draws
 from fastload import transforms as T
@@ -242,8 +244,20 @@ def compile_for(capability: int) -> dict[str, list[int]]:
     return found
 
 
+def drawn(seed: int) -> Case:
+    """A random pipeline's table for random images."""
+    case = Case(seed)
+    plan = draws.Plan((*random_pipeline(seed), *((T.Normalize(),) if seed % 2 else ())))
+    heights, widths = np.array([image.shape[:2] for image in case.images]).T
+    table = plan.draw(seed, 0, np.arange(3), heights, widths)
+    colour = np.zeros((0, 3, 7), np.float32) if table.colour is None else table.colour
+    case.table, case.size = replace(table, colour=colour), plan.size
+    case.paint = Paint(np.array(plan.fill, np.uint8), plan.erase_fill, *plan.affine)
+    return case
+
+
 def special() -> list[Case]:
-    """Cases that chance would not bring: tables drawn from a pipeline, and a scale of 16."""
+    """Cases that chance would not bring: four pipelines with all steps, and a scale of 16."""
     cases = []
     pipeline = [
         T.RandomResizedCrop(20), T.HorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4, 0.1), T.RandomErasing(p=0.5),
@@ -271,6 +285,9 @@ def main(name: str, *numbers: str) -> None:
         for seed in range(*map(int, numbers)):
             gpu.BLOCK = 2048 if seed % 16 else usual  # the interpreter is as slow with fewer lanes
             found.append(compare(Case(seed), "cpu"))
+    elif name == "drawn":
+        gpu.BLOCK = 4096
+        found = [compare(drawn(seed), "cpu") for seed in range(*map(int, numbers))]
     elif name == "other":
         gpu.BLOCK = 2048
         found = [

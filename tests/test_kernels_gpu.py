@@ -44,12 +44,18 @@ def check(measured):
 
 
 def test_the_kernels_equal_the_oracle():
-    """200 random crops; tables drawn from a pipeline, and a scale of 16; Mixup and CutMix."""
+    """200 random pipelines; 100 random crops such as no pipeline draws; a scale of 16; Mixup and CutMix."""
     pytest.importorskip("triton")
-    processes = [start("crop", "0", "100"), start("crop", "100", "200"), start("other")]
-    first, second, (special, mixed) = map(result, processes)
-    assert len(first) == len(second) == 100
+    processes = [
+        start("drawn", "0", "100"),
+        start("drawn", "100", "200"),
+        start("crop", "0", "100"),
+        start("other"),
+    ]
+    first, second, crops, (special, mixed) = map(result, processes)
+    assert len(first) == len(second) == len(crops) == 100
     check([*first, *second])
+    check(crops)
     check(special)
     assert max(mixed) <= 1
 
@@ -65,7 +71,7 @@ def test_the_kernels_compile_for_t4_and_h100():
 
 @needs_gpu
 def test_the_kernel_on_a_gpu_equals_the_oracle():
-    cases = [*map(gpu_cases.Case, range(64)), *gpu_cases.special()]
+    cases = [*map(gpu_cases.Case, range(64)), *map(gpu_cases.drawn, range(200)), *gpu_cases.special()]
     check([gpu_cases.compare(case, "cuda") for case in cases])
 
 
