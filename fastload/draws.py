@@ -262,10 +262,10 @@ class Plan:
         """The matrix of all colour steps (B, 3, 7) float32, and which rows it changes.
 
         Nothing is cut to 0..255 between the steps, so each of them scales luma, or scales and turns chroma; these commute, and
-        their order does not matter. Contrast keeps the image's mean luma: there it does to luma nothing.
+        their order does not matter. Contrast scales everything but the luma of the image's mean.
         """
         xp = _namespace(like)
-        coloured = like < 0
+        coloured = like < 0  # none of them
         if not self._colours:
             return None, coloured
         # A pixel's luma, the mean's luma, chroma along and across: what becomes of 1, 1, 1 and 0.
