@@ -153,10 +153,10 @@ def test_the_record_holds_what_its_verdict_needs_and_what_the_run_cost(data: str
 def test_changes_are_run_ranked_and_shown(data: str, monkeypatch) -> None:
     """A step of 8 ms whatever the batch: a larger batch doubles the figure, and nothing on the loader's side matters."""
     monkeypatch.setattr(room.ModelSide, "train", lambda self, images, labels: time.sleep(0.008))
-    for _ in range(3):  # who else works on this machine may upset one measurement, not three
-        result = bench(data, MODEL, **{**SMALL, "seconds": 8.0, "changes": True})
+    for seconds in (8.0, 16.0, 32.0):  # a machine with other work may need more time until all is prepared
+        result = bench(data, MODEL, **{**SMALL, "seconds": seconds, "changes": True})
         changes = result.to_json()["changes"]
-        if changes[0]["what"] == "a larger batch" and changes[0]["gain"]:
+        if changes and changes[0]["what"] == "a larger batch" and changes[0]["gain"]:
             break
     assert changes[0]["what"] == "a larger batch"
     assert changes[0]["gain"] is True
@@ -168,7 +168,7 @@ def test_changes_are_run_ranked_and_shown(data: str, monkeypatch) -> None:
     assert "a larger batch: --batch-size 8" in result.table()
     whats = {change["what"] for change in changes} | {entry["what"] for entry in result.to_json()["not_run"]}
     assert {"mixed precision", "NCHW memory", "torch.compile"} <= whats
-    assert result.seconds < 16
+    assert result.seconds < 2 * seconds
 
 
 def test_without_a_model_the_loader_alone_is_measured(data: str, monkeypatch) -> None:
