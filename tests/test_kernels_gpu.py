@@ -44,16 +44,16 @@ def check(measured):
 
 
 def test_the_kernels_equal_the_oracle():
-    """200 random pipelines; 100 random crops such as no pipeline draws; a scale of 16; Mixup and CutMix."""
+    """200 random pipelines; 40 random crops such as no pipeline draws; a scale of 16; Mixup and CutMix."""
     pytest.importorskip("triton")
     processes = [
         start("drawn", "0", "100"),
         start("drawn", "100", "200"),
-        start("crop", "0", "100"),
+        start("crop", "0", "40"),
         start("other"),
     ]
     first, second, crops, (special, mixed) = map(result, processes)
-    assert len(first) == len(second) == len(crops) == 100
+    assert len(first) == len(second) == 100 and len(crops) == 40
     check([*first, *second])
     check(crops)
     check(special)
