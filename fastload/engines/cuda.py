@@ -369,7 +369,7 @@ class CudaEngine:
                 budget = max(0, budget - jpegs.bytes)
         choice = resident.choose(where, pixels, encoded, budget, usable)
         if not choice.whole:
-            warnings.warn(choice.text, stacklevel=4)
+            warnings.warn(choice.text, stacklevel=5)  # who made the Loader
         as_pixels = choice.what != resident.ENCODED
         lengths = pixels if as_pixels else encoded if usable is None else np.where(usable, encoded, 0)
         mine = np.flatnonzero(lengths[: choice.count])  # a damaged sample has no length
