@@ -133,25 +133,8 @@ def read_header(data, tables, header):
     if status != OK:
         return status
     count = info[jpeg.COMPONENTS]
-    if (
-        info[jpeg.FRAME] > 0xC1
-        or info[jpeg.PRECISION] != 8
-        or info[jpeg.SUCCESSIVE] != 63 << 8
-        or info[jpeg.SCAN_COMPONENTS] != count
-        or (count != 1 and count != 3)
-    ):
+    if not jpeg.is_simple(info):
         return UNSUPPORTED
-    if count == 3:
-        first = info[jpeg.SAMPLING]
-        ids = info[jpeg.IDS], info[jpeg.IDS + 1], info[jpeg.IDS + 2]
-        if info[jpeg.SAMPLING + 1] != 0x11 or info[jpeg.SAMPLING + 2] != 0x11:
-            return UNSUPPORTED
-        if first != 0x11 and first != 0x21 and first != 0x12 and first != 0x22:
-            return UNSUPPORTED
-        if ids[0] == ids[1] or ids[1] == ids[2] or ids[0] == ids[2]:
-            return UNSUPPORTED
-        if info[jpeg.ADOBE] != 1 and (info[jpeg.ADOBE] >= 0 or ids == (82, 71, 66)):
-            return UNSUPPORTED  # RGB
     status = _read_tables(data, tables, header)
     if status != OK:
         return status

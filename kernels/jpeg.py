@@ -195,6 +195,31 @@ def can_crop(info):
 
 
 @kernel
+def is_simple(info):
+    """Baseline, 8 bit, one scan, grey or YCbCr in 4:4:4, 4:2:2, 4:4:0 or 4:2:0: what our own decoders take."""
+    count = info[COMPONENTS]
+    if (
+        info[FRAME] > 0xC1
+        or info[PRECISION] != 8
+        or info[SUCCESSIVE] != 63 << 8
+        or info[SCAN_COMPONENTS] != count
+        or (count != 1 and count != 3)
+    ):
+        return False
+    if count == 1:
+        return True
+    luma = info[SAMPLING]
+    ids = info[IDS], info[IDS + 1], info[IDS + 2]
+    if info[SAMPLING + 1] != 0x11 or info[SAMPLING + 2] != 0x11:
+        return False
+    if luma != 0x11 and luma != 0x21 and luma != 0x12 and luma != 0x22:
+        return False
+    if ids[0] == ids[1] or ids[1] == ids[2] or ids[0] == ids[2]:
+        return False
+    return info[ADOBE] == 1 or (info[ADOBE] < 0 and ids != (82, 71, 66))  # not RGB
+
+
+@kernel
 def follows(data, at, number):
     """Whether restart segment ``number`` can begin at byte ``at``: behind the marker of the one before it, which none may have read."""
     return number == 0 or (data[at - 2] == 0xFF and data[at - 1] == 0xD0 + ((number - 1) & 7))

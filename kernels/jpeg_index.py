@@ -186,29 +186,9 @@ def _read(data, info, places):
 
     False unless it is a plain baseline JPEG with restart markers, whose tables are all there.
     """
-    if jpeg.parse_into(data, info) != jpeg.OK:
+    if jpeg.parse_into(data, info) != jpeg.OK or not jpeg.is_simple(info) or info[jpeg.INTERVAL] == 0:
         return False
     count = info[jpeg.COMPONENTS]
-    if (
-        info[jpeg.FRAME] > 0xC1
-        or info[jpeg.PRECISION] != 8
-        or info[jpeg.SUCCESSIVE] != 63 << 8
-        or info[jpeg.SCAN_COMPONENTS] != count
-        or (count != 1 and count != 3)
-        or info[jpeg.INTERVAL] == 0
-    ):
-        return False
-    if count == 3:
-        luma = info[jpeg.SAMPLING]
-        ids = info[jpeg.IDS], info[jpeg.IDS + 1], info[jpeg.IDS + 2]
-        if info[jpeg.SAMPLING + 1] != 0x11 or info[jpeg.SAMPLING + 2] != 0x11:
-            return False
-        if luma != 0x11 and luma != 0x21 and luma != 0x12 and luma != 0x22:
-            return False
-        if ids[0] == ids[1] or ids[1] == ids[2] or ids[0] == ids[2]:
-            return False
-        if info[jpeg.ADOBE] != 1 and (info[jpeg.ADOBE] >= 0 or ids == (82, 71, 66)):
-            return False  # RGB
     defined = np.zeros((12, 2), np.int64)  # DC 0-3, AC 4-7, quantisation 8-11; the last definition counts
     at = np.int64(2)
     while at < info[jpeg.SCAN_HEADER_AT]:  # the segments' lengths were checked by parse_into
