@@ -3,20 +3,19 @@
 import gc
 import hashlib
 import importlib.util
-import io
 import os
 import sys
 import threading
 import warnings
 from dataclasses import replace
 
+import engine_cases
 import numpy as np
 import pytest
 import torch
-from engine_cases import draw, random_pipeline
-from PIL import Image
+from engine_cases import draw, jpeg_of, random_pipeline, write
 
-from fastload import beton, codecs, concat, dataset
+from fastload import codecs, concat, dataset
 from fastload import transforms as T
 from fastload.draws import Plan
 from fastload.engines import on_device
@@ -32,44 +31,14 @@ from fastload.engines import dali
 from fastload.engines.dali import DaliEngine
 
 
-def jpeg_of(pixels, mode="RGB", **options):
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, "JPEG", quality=90, **options)
-    return file.getvalue()
-
-
 def without_adobe(data):
     """Without the segment that says which colours these are: only the components' names are left."""
     at = data.index(b"\xff\xee\x00\x0eAdobe")
     return data[:at] + data[at + 16 :]
 
 
-KINDS = {
-    "ours": codecs.encode_jpeg,
-    "raw": lambda p: p,
-    "plain": jpeg_of,
-    "grey": lambda p: codecs.keep_jpeg(jpeg_of(p, "L")),
-    "4:4:4": lambda p: codecs.keep_jpeg(jpeg_of(p, subsampling=0)),
-    "4:2:2": lambda p: codecs.keep_jpeg(jpeg_of(p, subsampling=1)),
-    "progressive": lambda p: jpeg_of(p, progressive=True),
-    "cmyk": lambda p: jpeg_of(p, "CMYK"),
-    "rgb": lambda p: without_adobe(jpeg_of(p, keep_rgb=True)),
-}
+KINDS = {**engine_cases.KINDS, "rgb": lambda p: without_adobe(jpeg_of(p, keep_rgb=True))}
 BY_CPU = ("progressive", "cmyk", "rgb")
-
-
-def write(path, images):
-    """A file of (height, width, raw pixels or JPEG bytes)."""
-    writer = beton.Writer(path, [beton.Field("image", "image"), beton.Field("label", "int")], len(images))
-    for i, (height, width, data) in enumerate(images):
-        mode = "raw" if isinstance(data, np.ndarray) else "jpeg"
-        writer.add(
-            {"image": beton.EncodedImage(mode, height, width, data), "label": i % 4},
-            id=f"id-{i}",
-            source=f"{i}.jpg",
-        )
-    writer.finish({})
-    return dataset.open(path)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +267,7 @@ def test_many_batches_ahead_come_in_order(small, make):
 def damaged(request, picture, tmp_path):
     """Sample 5 is cut short before it was written, with a checksum that fits: without restart markers, so that only DALI
     will notice, or with them. Or bytes change in the finished file, which DALI does not notice at all."""
-    encode = KINDS["ours" if request.param == "short" else "plain"]
+    encode = KINDS["ours" if request.param == "short" else "unindexed"]
     images = [(60, 80, encode(picture(60, 80, i))) for i in range(16)]
     whole = images[5][2]
     if request.param != "later":

@@ -1,40 +1,18 @@
 """The GPU kernel against the numpy oracle: through Triton's interpreter in processes of their own, compiled, and on a GPU if there is one."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import gpu_cases
 import numpy as np
 import pytest
 import torch
+from interpreted import result, start
 
 from fastload.kernels import gpu
 
-CASES = Path(gpu_cases.__file__)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-
-
-def start(*command, interpret=True):
-    """gpu_cases.py in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.Popen(
-        [sys.executable, str(CASES), *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(process):
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-    return json.loads(out.splitlines()[-1])
 
 
 def check(measured):
@@ -47,10 +25,10 @@ def test_the_kernels_equal_the_oracle():
     """200 random pipelines; 40 random crops such as no pipeline draws; a scale of 16; Mixup and CutMix."""
     pytest.importorskip("triton")
     processes = [
-        start("drawn", "0", "100"),
-        start("drawn", "100", "200"),
-        start("crop", "0", "40"),
-        start("other"),
+        start(gpu_cases, "drawn", "0", "100"),
+        start(gpu_cases, "drawn", "100", "200"),
+        start(gpu_cases, "crop", "0", "40"),
+        start(gpu_cases, "other"),
     ]
     first, second, crops, (special, mixed) = map(result, processes)
     assert len(first) == len(second) == 100 and len(crops) == 40
@@ -62,7 +40,7 @@ def test_the_kernels_equal_the_oracle():
 
 def test_the_kernels_compile_for_t4_and_h100():
     pytest.importorskip("triton")
-    for kernels in result(start("compile", "75", "90", interpret=False)):
+    for kernels in result(start(gpu_cases, "compile", "75", "90", interpret=False)):
         assert len(kernels) == 9
         for name, (code, shared) in kernels.items():
             # Shared memory in a crop would mean that taps are exchanged between lanes, see gpu_triton.crop_kernel.

@@ -1,16 +1,14 @@
 """The JPEG decoder for the GPU against Pillow, to the bit: its reference, its kernels through Triton's interpreter, compiled, on a GPU if there is one."""
 
 import io
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import gpu_jpeg_cases as cases
 import numpy as np
 import pytest
 import torch
+from interpreted import result, start
 from jpeg_damage import picture
 from PIL import Image
 
@@ -18,28 +16,7 @@ from fastload import codecs
 from fastload.kernels import gpu, gpu_jpeg, jpeg
 from fastload.kernels.jpeg_index import LONG, _lookup
 
-CASES = Path(cases.__file__)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-
-
-def start(*command, interpret=True):
-    """gpu_jpeg_cases.py in a process of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.Popen(
-        [sys.executable, str(CASES), *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(process):
-    out, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
-    return json.loads(out.splitlines()[-1])
 
 
 def index_of(*files):
@@ -68,9 +45,9 @@ def test_the_kernels_equal_pillow_and_touch_nothing_else():
     """Whole images and windows of all kinds of JPEG; and damaged ones, with pages around all memory that may not be touched."""
     pytest.importorskip("triton")
     sound, damaged, other = (
-        start("decode", "0", "15"),
-        start("damaged", "0", "12"),
-        start("other", "1", "2"),
+        start(cases, "decode", "0", "15"),
+        start(cases, "damaged", "0", "12"),
+        start(cases, "other", "1", "2"),
     )
     assert len(result(sound)) == 15
     assert result(other) == [gpu_jpeg.BAD_CODE, 0.0]
@@ -80,7 +57,7 @@ def test_the_kernels_equal_pillow_and_touch_nothing_else():
 def test_the_kernels_compile_for_t4_and_h100():
     """Without shared memory, so no lane waits for another's data; registers are left for 16 warps of a scheduler, and none spill."""
     pytest.importorskip("triton")
-    processes = [start("compile", capability, interpret=False) for capability in ("75", "90")]
+    processes = [start(cases, "compile", capability, interpret=False) for capability in ("75", "90")]
     for (kernels,) in map(result, processes):
         assert len(kernels) == 3
         for name, (code, shared, *resources) in kernels.items():
