@@ -81,9 +81,8 @@ def open_loader(data: Dataset, arm: str, shape: Shape, device: str | None, **opt
         chosen["vram"] = int(3 * (data.heights * data.widths)[unique].sum()) - 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # a cache that is too small is what "encoded" asks for
+            # A cache that is too small for pixels is what "encoded" asks for.
+            warnings.simplefilter("ignore", UserWarning)
             return Loader(
                 data,
                 shape.batch,

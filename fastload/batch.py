@@ -28,9 +28,7 @@ class Batch:
                 "this batch was rebuilt by another library without its index; ask for it: Loader(fields=(..., 'index'))"
             )
         index: torch.Tensor = self.__dict__["_index"]
-        if (
-            index.device.type != "cpu"
-        ):  # a batch that was made on the device waits for it when it is asked, and once
+        if index.device.type != "cpu":  # made on the device, which is waited for when somebody asks, and once
             index = self.__dict__["_index"] = index.cpu()
         return index
 

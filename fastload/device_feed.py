@@ -157,6 +157,7 @@ class DeviceFeed:
         self._columns = {}
         self._bases = self._pointers = self._shapes = self._memory = torch.empty(0)
         self._marks.clear()
+        self._order.forget_devices()
 
     # ------------------------------------------------------------------------------------------------------------------
 

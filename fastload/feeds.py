@@ -48,9 +48,6 @@ class Feed(Protocol):
     def stop(self, jobs: Sequence[Any]) -> None:
         """The iteration is over, and nobody wants these any more."""
 
-    def close(self) -> None:
-        """Let go of memory."""
-
 
 class Drawer:
     """Draws batches of a dataset on the host. ``repeats``: a sample may come twice in an epoch."""
@@ -99,9 +96,6 @@ class HostFeed:
 
     def stop(self, jobs: Sequence[Job]) -> None:
         self._maker.stop(jobs)
-
-    def close(self) -> None:
-        self._maker.close()
 
 
 def in_front(places: Any) -> Any:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from fastload.order import Order, balanced_weights
 from fastload.stages import COPY, DRAW, MIX, NORMALISE, Clock, Stage, summarise
 from fastload.system import pinner, usable_cores
 from fastload.transforms import Spec
+
+if TYPE_CHECKING:
+    from fastload.device_feed import DeviceFeed
 
 __all__ = ["Batch", "Loader", "Replaced"]
 
@@ -198,7 +201,7 @@ class Loader:
             self.dataset, self.plan, self._fields, self.dtype, self.device, self._buffers, classes
         )
         self._engine: EngineMaker | None = None
-        self._device_feed: Feed | None = None
+        self._device_feed: DeviceFeed | None = None
         self._own_choice = ""
         if engine != "cpu":
             # What it lacks is said here, not in the middle of a training.
@@ -380,7 +383,7 @@ class Loader:
         self.close()
         return engine
 
-    def _on_device(self, engine: Any) -> Feed | None:
+    def _on_device(self, engine: Any) -> DeviceFeed | None:
         """The feed of an engine that needs no host, None for others."""
         if not getattr(engine, "holds_all", False):
             return None

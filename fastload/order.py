@@ -96,6 +96,10 @@ class Order:
             return xp.astype(words.permute(places, self.length, self.seed, epoch), xp.int64)
         return xp.astype(places, xp.int64)
 
+    def forget_devices(self) -> None:
+        """Let go of what was kept on devices; it is brought there again when it is wanted."""
+        self._on_devices.clear()
+
     def _sums(self, device: Any) -> Any:
         """The cumulative weights, kept on each device that asks for them."""
         if device is None:

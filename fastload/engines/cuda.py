@@ -13,9 +13,10 @@ reference in torch, slowly, which is how it is tested.
 
 Pixels against the CPU engine with ``decode="exact"``: on the CPU within 1 level (before colour, which multiplies that), and stored pixels
 to the same. nvJPEG decodes 4:2:0 with plain chroma, so on a GPU a JPEG's colours differ at edges. ``decode="cpu"`` is our own decoder,
-half a level off on average. Equal batches come out of a cache and without it.
+half a level off on average; ``decode="segments"`` is libjpeg-turbo's pixels to the bit. Equal batches come out of a cache and without it
+where the same decodes: ``chosen`` says who, since images that are kept encoded on the device are decoded by "segments".
 Decoders for GPUs show damaged data as if they were whole: the checksum of each JPEG is looked at once, where the file has them; in
-a file without (FFCV's) only ``decode="cpu"`` and ``fastload verify`` find damage inside of an image.
+a file without (FFCV's) ``decode="cpu"``, ``fastload verify`` and, of what a JPEG itself betrays, "segments" find damage inside of an image.
 
 >>> engine.submit(bases, dataset.spans(bases), table); images = engine.collect()  # (B, H, W, 3)
 """
