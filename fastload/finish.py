@@ -23,7 +23,7 @@ from fastload.jobs import Job
 from fastload.kernels import pixels
 
 _LISTS = ("bytes", "json")  # kinds of fields that no tensor can hold
-_SMALL = 1024
+_SMALL = 1024  # bytes of a sample, see Finisher.small_fields
 
 
 class Finisher:
